@@ -1,0 +1,1 @@
+"""Models on disk: reading, names, legal transforms, tokenizers, sources and derivation."""

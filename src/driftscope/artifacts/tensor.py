@@ -1,0 +1,66 @@
+"""One tensor of a model on disk: where its bytes are and how its rows are ordered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor as it is stored, under its canonical (Hugging Face) name.
+
+    Attributes:
+        name: canonical name, e.g. ``model.layers.3.mlp.down_proj.weight``.
+        stored_name: the name in the file, e.g. ``blk.3.ffn_down.weight``.
+        shape: logical shape in numpy order; the last axis is contiguous on disk.
+        dtype: format name as in `driftscope.kernels.formats` (``F32``, ``BF16``, ``Q4_K``, ...).
+        file: the file that holds the bytes.
+        offset: absolute byte offset in `file`; checked by the reader to lie inside it.
+        nbytes: bytes of the tensor; checked by the reader against shape and dtype.
+        rope_heads: number of heads when the stored rows are in the interleaved order that GGUF uses
+            for the q and k projections of llama-like models, else 0. Canonical row ``i`` is stored
+            row ``row_order()[i]``.
+    """
+
+    name: str
+    stored_name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    offset: int
+    nbytes: int
+    rope_heads: int = 0
+
+    @property
+    def n_elements(self) -> int:
+        """Number of values."""
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows: the product of all axes but the last."""
+        return self.n_elements // self.shape[-1] if self.n_elements else 0
+
+    def raw(self) -> NDArray[np.uint8]:
+        """The stored bytes as ``uint8[n_rows, bytes_per_row]``, memory-mapped read-only, in stored row order."""
+        data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
+        return data.reshape(self.n_rows, -1)
+
+    def row_order(self) -> NDArray[np.int64] | None:
+        """Stored row of each canonical row as ``int64[n_rows]``, or None where they are the same.
+
+        GGUF stores row ``2 j + s`` of a head where Hugging Face has row ``s * head_dim / 2 + j``
+        (llama.cpp, ``conversion``: ``LlamaModel.permute``).
+        """
+        if not self.rope_heads:
+            return None
+        stored = np.arange(self.n_rows, dtype=np.int64)
+        head_dim = self.n_rows // self.rope_heads
+        return stored.reshape(self.rope_heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)

@@ -1,0 +1,1 @@
+"""Evidence on disk: table schemas, validated atomic writing, provenance."""
