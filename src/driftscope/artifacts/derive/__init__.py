@@ -1,0 +1,1 @@
+"""Making the counterpart of an artifact: an exact teacher, a quantized candidate."""

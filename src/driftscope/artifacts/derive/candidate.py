@@ -1,0 +1,186 @@
+"""A quantized GGUF copy of a model: the candidate under test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.artifacts.derive.atomic import atomic_file
+from driftscope.artifacts.derive.gguf_metadata import (
+    INTERLEAVED,
+    add_hyperparameters,
+    add_vocabulary,
+    gguf_architecture,
+    rope_frequency_factors,
+)
+from driftscope.artifacts.derive.quantize import quantize, row_bytes
+from driftscope.artifacts.derive.recipe import scheme as look_up
+from driftscope.artifacts.derive.recipe import tensor_formats
+from driftscope.artifacts.derive.rows import slabs
+from driftscope.artifacts.model import Artifact, ModelConfig
+from driftscope.artifacts.tensor import TensorRef
+from driftscope.artifacts.tokenizer import model_folder
+from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_folder, vocabulary_from_gguf
+from driftscope.errors import InputError
+
+_ROPE_FREQS = "rope_freqs.weight"
+_MAX_F16 = 65504.0
+
+
+def write_candidate(
+    teacher: Artifact,
+    file: Path,
+    *,
+    scheme: str = "Q4_K_M",
+    threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a model as a quantized GGUF file that llama.cpp loads.
+
+    Each tensor gets the format that llama.cpp's own quantizer gives it (`recipe.tensor_formats`), and the
+    q/k rows the order that GGUF wants. Memory stays at a few slabs of rows. The file appears whole or
+    not at all; its bytes depend on the teacher and the scheme alone, not on `threads`.
+
+    Args:
+        teacher: the model to quantize.
+        file: where to put it; an existing file is replaced.
+        scheme: a key of `recipe.SCHEMES`.
+        threads: threads that quantize.
+        progress: called with (values written, values in all) after each tensor.
+
+    Raises:
+        InputError: an unknown scheme or architecture, a tokenizer that GGUF cannot hold, a value that is
+            not finite or that the format cannot hold, or no space on the disk.
+    """
+    chosen = look_up(scheme)
+    architecture = gguf_architecture(teacher)
+    names = _gguf_names(teacher, architecture)
+    factors = rope_frequency_factors(teacher.config)
+    shapes = {names[tensor.name]: tensor.shape for tensor in teacher.tensors.values()}
+    formats = tensor_formats(
+        shapes,
+        scheme,
+        architecture=architecture,
+        n_heads=teacher.config.num_heads,
+        n_kv_heads=teacher.config.num_kv_heads,
+    )
+    vocabulary = _vocabulary(teacher)
+    total = sum(tensor.n_elements for tensor in teacher.tensors.values())
+    done = 0
+    with atomic_file(file) as partial:
+        writer = gguf.GGUFWriter(None, architecture)
+        writer.add_type("model")
+        writer.add_file_type(chosen.file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_hyperparameters(writer, teacher.config, str(teacher.path))
+        add_vocabulary(writer, vocabulary)
+        if factors is not None:
+            _declare(writer, _ROPE_FREQS, factors.shape, "F32")
+        for name, shape in shapes.items():
+            _declare(writer, name, shape, formats[name])
+        writer.write_header_to_file(partial)
+        try:
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            stream = _TensorStream(writer)
+            if factors is not None:
+                stream.write(iter([factors.view(np.uint8)]))
+            for tensor in teacher.tensors.values():
+                order = _stored_order(tensor, teacher.config, architecture)
+                stream.write(_quantized(tensor, order, formats[names[tensor.name]], threads))
+                done += tensor.n_elements
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            writer.close()
+
+
+class _TensorStream:
+    """Tensor data of an open `gguf.GGUFWriter`, in slabs and with the padding between tensors.
+
+    The writer itself takes whole tensors only; an LM head of a 70B model is a gigabyte.
+    """
+
+    def __init__(self, writer: gguf.GGUFWriter) -> None:
+        assert writer.fout is not None
+        self._file = writer.fout[0]
+        self._alignment = writer.data_alignment
+        self._pad()
+
+    def write(self, slabs: Iterator[NDArray[np.uint8]]) -> None:
+        """Append one tensor."""
+        for slab in slabs:
+            self._file.write(slab.data)
+        self._pad()
+
+    def _pad(self) -> None:
+        self._file.write(b"\0" * (-self._file.tell() % self._alignment))
+
+
+def _declare(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], fmt: str) -> None:
+    nbytes = row_bytes(shape[-1], fmt)
+    for dim in shape[:-1]:
+        nbytes *= dim
+    # The numpy dtype matters to the writer only where it is uint8, which would make the shape one of bytes.
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, gguf.GGMLQuantizationType[fmt])
+
+
+def _gguf_names(teacher: Artifact, architecture: str) -> dict[str, str]:
+    """Canonical name to GGUF name.
+
+    Raises:
+        InputError: a tensor that GGUF has no name for; it would be lost.
+    """
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(number, teacher.config.num_layers)
+    names = {}
+    for name in teacher.tensors:
+        stored = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise InputError(f"{teacher.path}: tensor {name!r} has no name in GGUF's {architecture}")
+        names[name] = stored
+    return names
+
+
+def _vocabulary(teacher: Artifact) -> Vocabulary | None:
+    """The vocabulary of the teacher, or None where it carries none at all."""
+    size = teacher.config.vocab_size
+    if teacher.container == "gguf":
+        if teacher.metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
+            return None
+        return vocabulary_from_gguf(teacher.metadata, size, str(teacher.path))
+    folder = model_folder(teacher)
+    return vocabulary_from_folder(folder, size) if (folder / "tokenizer.json").is_file() else None
+
+
+def _stored_order(tensor: TensorRef, config: ModelConfig, architecture: str) -> NDArray[np.int64] | None:
+    """Row of the teacher's file for each row of the candidate's, or None where they are the same.
+
+    For the architectures in `INTERLEAVED`, candidate row ``2 j + s`` of a head is canonical row
+    ``s * head_dim / 2 + j`` (llama.cpp, ``conversion/llama.py``, ``LlamaModel.permute``).
+    """
+    canonical = tensor.row_order()
+    heads = {"self_attn.q_proj.weight": config.num_heads, "self_attn.k_proj.weight": config.num_kv_heads}
+    n_heads = next((count for suffix, count in heads.items() if tensor.name.endswith(suffix)), 0)
+    if architecture not in INTERLEAVED or not n_heads:
+        return canonical
+    half = tensor.n_rows // n_heads // 2
+    order = np.arange(tensor.n_rows, dtype=np.int64).reshape(n_heads, 2, half).swapaxes(1, 2).reshape(-1)
+    return order if canonical is None else canonical[order]
+
+
+def _quantized(
+    tensor: TensorRef, order: NDArray[np.int64] | None, fmt: str, threads: int
+) -> Iterator[NDArray[np.uint8]]:
+    for slab in slabs(tensor, order):
+        if not np.isfinite(slab).all():
+            raise InputError(f"{tensor.file}: {tensor.name} holds NaN or infinity, which cannot be quantized")
+        if fmt == "F16" and np.abs(slab).max(initial=0.0) > _MAX_F16:
+            raise InputError(
+                f"{tensor.file}: {tensor.name} holds values beyond {_MAX_F16}, which F16 cannot hold"
+            )
+        yield quantize(slab, fmt, threads=threads)

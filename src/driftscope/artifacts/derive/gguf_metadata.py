@@ -1,0 +1,128 @@
+"""The key-values and the extra tensors of a GGUF file, from a model's hyperparameters and vocabulary."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.artifacts.model import Artifact, ModelConfig
+from driftscope.artifacts.vocabulary import SPECIAL_KEYS, Vocabulary
+from driftscope.errors import InputError
+
+# Hugging Face's model_type to GGUF's architecture.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+# Architectures whose q and k rows GGUF stores interleaved within a head.
+INTERLEAVED = frozenset({"llama"})
+
+
+def gguf_architecture(artifact: Artifact) -> str:
+    """GGUF's name of the architecture.
+
+    Raises:
+        InputError: there is none here.
+    """
+    architecture = ARCHITECTURES.get(artifact.config.architecture)
+    if architecture is None:
+        raise InputError(
+            f"{artifact.path}: architecture {artifact.config.architecture!r} cannot be written as GGUF; "
+            f"expected one of {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return architecture
+
+
+def add_hyperparameters(writer: gguf.GGUFWriter, config: ModelConfig, where: str) -> None:
+    """Add the ``<architecture>.*`` keys.
+
+    Raises:
+        InputError: a RoPE scaling that has no GGUF form here.
+    """
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    if config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    _add_rope_scaling(writer, dict(config.rope_scaling or {}), where)
+
+
+def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: dict[str, Any], where: str) -> None:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("default", "llama3"):
+        # Llama 3's factors are a tensor: `rope_frequency_factors`.
+        return
+    if kind not in ("linear", "yarn"):
+        raise InputError(f"{where}: RoPE scaling {kind!r} cannot be written as GGUF")
+    try:
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
+        if kind == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            return
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
+    except KeyError as error:
+        raise InputError(f"{where}: RoPE scaling {kind!r} lacks {error}") from error
+    optional = {
+        "extrapolation_factor": writer.add_rope_scaling_yarn_ext_factor,
+        "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
+        "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
+        "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
+    }
+    for key, add in optional.items():
+        if scaling.get(key) is not None:
+            add(float(scaling[key]))
+
+
+def rope_frequency_factors(config: ModelConfig) -> NDArray[np.float32] | None:
+    """Llama 3's divisors of the rotary frequencies as ``float32[head_dim / 2]``, or None.
+
+    Long wavelengths are divided by `factor`, short ones are left, those between are interpolated
+    (Llama 3.1's ``rope_type: llama3``). GGUF stores them as the tensor ``rope_freqs.weight``.
+    """
+    scaling = dict(config.rope_scaling or {})
+    if scaling.get("rope_type", scaling.get("type")) != "llama3":
+        return None
+    factor = float(scaling.get("factor", 8.0))
+    low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
+    context = float(scaling.get("original_max_position_embeddings", 8192))
+    factors = []
+    for index in range(0, config.head_dim, 2):
+        wavelength = 2 * math.pi * config.rope_theta ** (index / config.head_dim)
+        if wavelength < context / high:
+            factors.append(1.0)
+        elif wavelength > context / low:
+            factors.append(factor)
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.asarray(factors, dtype=np.float32)
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary | None) -> None:
+    """Add the ``tokenizer.*`` keys; a model without a tokenizer says so."""
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+        return
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges([f"{left} {right}" for left, right in vocabulary.merges])
+    for name, index in vocabulary.special.items():
+        writer.add_uint32(SPECIAL_KEYS[name], index)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
