@@ -1,0 +1,188 @@
+"""Hyperparameters from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from driftscope.artifacts.config import (
+    SUPPORTED,
+    checked,
+    checked_rope_scaling,
+    count,
+    number,
+    unsupported_architecture,
+)
+from driftscope.artifacts.gguf import GgufTensor
+from driftscope.artifacts.model import ModelConfig
+from driftscope.artifacts.names import GGUF_ARCHITECTURES
+from driftscope.errors import InputError
+
+_DEFAULT_THETA = 10000.0
+
+# Keys, without their architecture, that change the forward pass in a way that is not implemented, with
+# the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], where: str
+) -> ModelConfig:
+    """Read the hyperparameters of a GGUF file.
+
+    Some are not in the metadata: the head is tied where there is no ``output.weight``, and the size of
+    the vocabulary may be known from the embedding alone.
+
+    Args:
+        metadata: the key-values.
+        tensors: GGUF name to tensor.
+        where: the file, for messages.
+
+    Raises:
+        InputError: an unknown architecture, a missing or nonsensical value, or a switch that would change
+            the forward pass in a way that is not implemented.
+    """
+    stored = metadata.get("general.architecture")
+    # Mistral models say "llama": the first name that matches is the right one.
+    architecture = next((name for name in SUPPORTED if GGUF_ARCHITECTURES[name] == stored), None)
+    if architecture is None:
+        raise unsupported_architecture(stored, where, "general.architecture")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise InputError(
+            f"{where}: one of {metadata['split.count']} parts of a model; expected one file for all of it"
+        )
+    keys = _Keys(metadata, str(stored), where)
+    for key, neutral in _NEUTRAL.items():
+        value = keys.get(key)
+        if value is not None and value not in neutral:
+            raise InputError(f"{where}: {stored}.{key} is {value}, which is not supported")
+    hidden_size = keys.count("embedding_length")
+    num_heads = keys.count("attention.head_count")
+    head_dim = keys.count("attention.key_length", default=0)
+    if not head_dim:
+        if hidden_size % num_heads:
+            raise InputError(
+                f"{where}: {stored}.embedding_length {hidden_size} is not a multiple of "
+                f"{stored}.attention.head_count {num_heads}"
+            )
+        head_dim = hidden_size // num_heads
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.count(key, default=head_dim) != head_dim:
+            raise InputError(
+                f"{where}: {stored}.{key} is {keys.get(key)}; expected the head size, {head_dim}"
+            )
+    window = keys.get("attention.sliding_window")
+    return checked(
+        ModelConfig(
+            architecture=architecture,
+            hidden_size=hidden_size,
+            num_layers=keys.count("block_count"),
+            num_heads=num_heads,
+            num_kv_heads=keys.count("attention.head_count_kv", default=num_heads),
+            head_dim=head_dim,
+            intermediate_size=keys.count("feed_forward_length"),
+            vocab_size=_vocab_size(keys, tensors),
+            context_length=keys.count("context_length"),
+            rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+            rope_theta=keys.number("rope.freq_base", default=_DEFAULT_THETA),
+            rope_scaling=_rope_scaling(keys),
+            attention_bias=architecture == "qwen2",
+            qk_norm=architecture == "qwen3",
+            tie_word_embeddings="output.weight" not in tensors,
+            sliding_window=keys.count("attention.sliding_window") if window not in (None, 0) else None,
+        ),
+        where,
+    )
+
+
+class _Keys:
+    """The keys of one architecture."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str, where: str) -> None:
+        self.metadata = metadata
+        self.architecture = architecture
+        self.where = where
+
+    def get(self, key: str) -> Any:
+        """A value; where a file has one for each layer and they agree, that one."""
+        full = f"{self.architecture}.{key}"
+        value = self.metadata.get(full)
+        if isinstance(value, tuple):
+            if len(set(value)) != 1:
+                raise InputError(f"{self.where}: {full} differs between layers, which is not supported")
+            value = value[0]
+        return value
+
+    def count(self, key: str, *, default: int | None = None) -> int:
+        full = f"{self.architecture}.{key}"
+        return count({full: self.get(key)}, full, self.where, default=default)
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        """A number; one stored as f32 is given as the shortest decimal that rounds to it.
+
+        0.00001 is then the same number here and in config.json.
+        """
+        full = f"{self.architecture}.{key}"
+        value = number({full: self.get(key)}, full, self.where, default=default)
+        short = float(str(np.float32(value))) if abs(value) < float(np.finfo(np.float32).max) else value
+        return short if np.float32(value) == value else value
+
+
+def _vocab_size(keys: _Keys, tensors: Mapping[str, GgufTensor]) -> int:
+    """From its key, or from the embedding, or from the tokens."""
+    if keys.get("vocab_size") is not None:
+        return keys.count("vocab_size")
+    embedding = tensors.get("token_embd.weight")
+    if embedding is not None and len(embedding.shape) == 2:
+        return count({"rows": embedding.shape[0]}, "rows", f"{keys.where}: token_embd.weight")
+    tokens = keys.metadata.get("tokenizer.ggml.tokens", ())
+    if not isinstance(tokens, str) and hasattr(tokens, "__len__") and len(tokens):
+        return len(tokens)
+    raise InputError(
+        f"{keys.where}: {keys.architecture}.vocab_size, token_embd.weight and "
+        "tokenizer.ggml.tokens are all missing"
+    )
+
+
+def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
+    """The keys ``rope.scaling.*`` in Hugging Face's terms (llama.cpp, ``llama_model_base::load_hparams``)."""
+    where = keys.where
+    kind = keys.get("rope.scaling.type")
+    if kind not in (None, "none", "linear", "yarn"):
+        raise InputError(
+            f"{where}: {keys.architecture}.rope.scaling.type is {str(kind)[:80]!r}; "
+            "expected none, linear or yarn"
+        )
+    name = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
+    factor = keys.number(name, default=0.0)
+    if kind == "none" or (kind != "yarn" and factor in (0.0, 1.0)):
+        return None
+    scaling: dict[str, Any] = {"rope_type": kind or "linear", "factor": factor or 1.0}
+    if kind == "yarn":
+        original = "rope.scaling.original_context_length"
+        if keys.get(original) is not None:
+            scaling["original_max_position_embeddings"] = keys.count(original)
+        for key, stored in (
+            ("extrapolation_factor", "rope.scaling.yarn_ext_factor"),
+            ("attention_factor", "rope.scaling.yarn_attn_factor"),
+            ("beta_fast", "rope.scaling.yarn_beta_fast"),
+            ("beta_slow", "rope.scaling.yarn_beta_slow"),
+        ):
+            if keys.get(stored) is not None:
+                scaling[key] = keys.number(stored)
+    return checked_rope_scaling(scaling, where)
