@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
 
@@ -101,7 +101,8 @@ def read_sharded(folder: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]
     for name, shard in weight_map.items():
         if not _is_plain_file_name(shard):
             raise InputError(
-                f"{index}: {_short(name)} is in {_short(shard)}; expected a .safetensors file name without a path"
+                f"{index}: {_short(name)} is in {_short(shard)}; "
+                "expected a .safetensors file name without a path"
             )
     shards = {shard: read_safetensors(folder / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
@@ -140,7 +141,7 @@ def _entry(name: str, entry: Any, path: Path, data_offset: int, size: int) -> St
     return StoredTensor(name, tuple(shape), dtype, path, data_offset + begin, end - begin)
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values
     )
