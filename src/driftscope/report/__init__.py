@@ -1,0 +1,1 @@
+"""The report: evidence in, one JSON document and one page out."""

@@ -1,0 +1,239 @@
+"""The verdict: what the finished sections of a report say together. It judges; it measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from driftscope.report.text import count, counted, listed, number, percent, percent_interval
+
+CLASSES = (
+    "identical",
+    "expected-quantization-noise",
+    "bug",
+    "different-weights",
+    "inadmissible",
+    "inconclusive",
+)
+
+HEADLINES = {
+    "identical": "The two models are identical in everything that was compared.",
+    "expected-quantization-noise": "No bug found: the candidate differs as its quantization predicts.",
+    "bug": "A bug, not quantization: something differs that no legal transform or format explains.",
+    "different-weights": "These are different weights, not a conversion of one model.",
+    "inadmissible": "No verdict: the two sides may not be compared.",
+    "inconclusive": "No verdict: the evidence does not decide.",
+}
+
+Section = Mapping[str, Any]
+
+
+def verdict_section(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Judge a report's sections.
+
+    Args:
+        report: the sections `admissibility`, `weights`, `divergence`, `decomposition`, `falsifiers` and
+            `impact`, as in the report.
+
+    Returns:
+        ``class`` (one of `CLASSES`), ``layer`` and ``op`` (of the first fault, else None), ``headline``,
+        ``summary`` in plain words with figures, ``reasons`` and ``limits`` of the verdict.
+    """
+    kind, place, reasons = _decide(report)
+    layer, op = place or (None, None)
+    if kind == "bug":
+        where = "" if op is None else f" It starts at {_at(layer, op)}."
+        headline = HEADLINES[kind] + where
+    else:
+        headline = HEADLINES[kind]
+    figures = [] if kind == "inadmissible" else _figures(report)
+    lead = [f"{reasons[0]}."] if reasons else []
+    return {
+        "class": kind,
+        "layer": layer,
+        "op": op,
+        "headline": headline,
+        "summary": " ".join([headline, *lead, *figures]),
+        "reasons": reasons,
+        "limits": _limits(report),
+    }
+
+
+Decision = tuple[str, tuple[int | None, str] | None, list[str]]
+
+
+def _decide(report: Mapping[str, Any]) -> Decision:
+    admissibility, weights, divergence = (report[key] for key in ("admissibility", "weights", "divergence"))
+    if admissibility["status"] == "inadmissible":
+        failed = [check for check in admissibility.get("checks", []) if check["status"] == "fails"]
+        reasons = [f"Asked: {check['asked']}; found: {check['found']}" for check in failed]
+        return "inadmissible", None, reasons or [admissibility.get("reason", "an admissibility check fails")]
+    if weights["status"] != "done":
+        return "inconclusive", None, [f"No weights were compared: {weights.get('reason', weights['status'])}"]
+    if weights["tensors"] == 0 or weights["elements_compared"] == 0:
+        return "inconclusive", None, ["The sweep compared nothing"]
+    coverage = weights["coverage"]
+    if coverage["expected"] != coverage["compared"] or weights["missing"]:
+        compared, expected = count(coverage["compared"]), count(coverage["expected"])
+        return "inconclusive", None, [f"The sweep compared {compared} of {expected} tensors"]
+    if found := _weights_at_fault(weights):
+        return found
+    if weights["relations"].get("unclassified", 0):
+        unknown = weights["relations"]["unclassified"]
+        return "inconclusive", None, [f"The relation of {counted(unknown, 'tensor')} was not classified"]
+    if divergence["status"] != "done":
+        return "inconclusive", None, [f"No traces were compared: {divergence.get('reason', 'not run')}"]
+    if non_finite := divergence.get("non_finite"):
+        place = (_layer(non_finite["layer"]), non_finite["tap"])
+        values = counted(non_finite["count"], "value")
+        reason = (
+            f"{values} not finite at {_at(*place)} on {non_finite['path']}, where the teacher's are finite"
+        )
+        return "bug", place, [reason]
+    return _noise_or_not(report)
+
+
+def _weights_at_fault(weights: Section) -> Decision | None:
+    relations, tensors = weights["relations"], weights["tensors"]
+    different, non_finite = relations.get("different", 0), relations.get("non-finite", 0)
+    if different * 2 > tensors:
+        reason = f"{count(different)} of {counted(tensors, 'tensor')} relate by no quantization or transform"
+        return "different-weights", None, [reason]
+    if not different and not non_finite:
+        return None
+    first = weights["first_unlike"]
+    what = "has values that are not finite" if first["relation"] == "non-finite" else "is different"
+    reasons = [f"{first['tensor']} {what}, the first of {count(different + non_finite)} in the model's order"]
+    explained = tensors - different - non_finite
+    reasons.append(f"{count(explained)} of {counted(tensors, 'tensor')} are explained")
+    return "bug", (_layer(first["layer"]), first["op"]), reasons
+
+
+def _noise_or_not(report: Mapping[str, Any]) -> Decision:
+    """Every tensor is explained and every value is finite: identical, noise, or undecided."""
+    weights, divergence = report["weights"], report["divergence"]
+    relations, tensors = weights["relations"], weights["tensors"]
+    same = relations.get("identical", 0) + relations.get("equal-after-transform", 0)
+    pairs = divergence["pairs"]
+    if same == tensors:
+        if all(pair["largest"] is None for pair in pairs):
+            taps = sum(pair["taps"] for pair in pairs)
+            held = f"All {counted(tensors, 'tensor')} hold the same values"
+            return "identical", None, [f"{held} and all {count(taps)} compared taps agree bit for bit"]
+        unlike = next((p for p in pairs if _same_arithmetic(p["pair"]) and p["first_differing"]), None)
+        if unlike:
+            first = unlike["first_differing"]
+            place = (_layer(first["layer"]), first["tap"])
+            differences = [item["key"] for item in weights["metadata_differences"]]
+            reasons = [
+                f"All tensors hold the same values, but {unlike['pair']} part at {_at(*place)}",
+                *([f"The models' metadata differ in {listed(differences)}"] if differences else []),
+            ]
+            return "bug", place, reasons
+        reason = (
+            f"All {counted(tensors, 'tensor')} hold the same values; what differs is the integer arithmetic"
+        )
+    else:
+        quantized = relations.get("quantized-from", 0)
+        reason = (
+            f"{count(quantized)} of {counted(tensors, 'tensor')} are the teacher's, quantized within what"
+            f" their format predicts, and {count(same)} hold the same values"
+        )
+    return _confirmed_noise(report, [reason])
+
+
+def _confirmed_noise(report: Mapping[str, Any], reasons: list[str]) -> Decision:
+    """Call it noise only if the decomposition's controls hold and no falsifier contradicts."""
+    decomposition = report["decomposition"]
+    if decomposition["status"] != "done":
+        why = decomposition.get("reason", decomposition["status"])
+        return "inconclusive", None, [*reasons, f"The decomposition gives no shares: {why}"]
+    broken = [control for control in decomposition["checks"] if control["status"] != "holds"]
+    if broken:
+        found = [
+            f"A control of the decomposition fails: {item['asked']}; found {item['found']}" for item in broken
+        ]
+        return "inconclusive", None, [*found, *reasons]
+    contradicting = [
+        item["id"]
+        for item in report["falsifiers"]
+        if "expected-quantization-noise" in (item.get("contradicts") or [])
+    ]
+    if contradicting:
+        return "inconclusive", None, [f"Contradicted by falsifier {listed(contradicting)}", *reasons]
+    reasons.append("The controls of the decomposition hold: no-op gives 0, all promoted gives all")
+    return "expected-quantization-noise", None, reasons
+
+
+def _figures(report: Mapping[str, Any]) -> list[str]:
+    """Say in one sentence each what the difference does and what causes it."""
+    sentences = []
+    pair = main_pair(report["impact"].get("pairs") or [])
+    if pair:
+        sentences.append(
+            f"Over {counted(pair['positions'], 'token position')} the candidate picks the same next token at"
+            f" {percent(pair['same_top1'])}, with a mean KL divergence of {number(pair['mean_kl'])} nats."
+        )
+    mechanisms = [
+        share for share in report["decomposition"].get("shares") or [] if share["by"] == "mechanism"
+    ]
+    named = [share for share in mechanisms if share["item"] != "interaction"]
+    if named:
+        top = max(named, key=lambda share: share["share"])
+        between = percent_interval(top["low"], top["high"])
+        interval = (
+            f" ({percent(report['decomposition'].get('confidence'), 0)} interval {between})"
+            if between
+            else ""
+        )
+        sentences.append(
+            f"{top['item'].capitalize()} quantization brings in {percent(top['share'])} of the energy of the"
+            f" output difference{interval}."
+        )
+    return sentences
+
+
+def main_pair(pairs: Sequence[Section]) -> Section | None:
+    """Return the pair that compares the teacher with the candidate as it runs: the integer path if there."""
+    ranked = sorted(
+        pairs,
+        key=lambda pair: (
+            not pair["pair"].startswith("teacher."),
+            not pair["pair"].endswith("|candidate.int8-dot"),
+            pair["pair"],
+        ),
+    )
+    return ranked[0] if ranked else None
+
+
+def _limits(report: Mapping[str, Any]) -> list[str]:
+    """Say what the verdict does not rest on."""
+    limits = []
+    if report["divergence"].get("local", {}).get("status") != "done":
+        limits.append(
+            "Local errors were not measured (the replay was not run): a fault inside one op that the weights"
+            " do not show would appear here only as part of the propagated error"
+        )
+    if report["impact"]["status"] != "done":
+        limits.append(f"The impact on the next token was not measured: {report['impact'].get('reason', '')}")
+    undecided = [
+        item["id"]
+        for item in report["falsifiers"]
+        if item["verdict"] in ("inconclusive", "vacuous", "inadmissible", "not-run")
+    ]
+    if undecided:
+        limits.append(f"Falsifiers that decided nothing: {listed(undecided, 5)}")
+    return limits
+
+
+def _same_arithmetic(pair: str) -> bool:
+    left, _, right = pair.partition("|")
+    return left.rpartition(".")[2] == right.rpartition(".")[2]
+
+
+def _layer(layer: int) -> int | None:
+    return None if layer < 0 else layer
+
+
+def _at(layer: int | None, op: str) -> str:
+    return op if layer is None else f"layer {layer}, {op}"

@@ -1,0 +1,137 @@
+"""The ``weights`` section: how each tensor of the candidate relates to the teacher's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from driftscope.report.evidence import Document, ReportEvidence, not_run
+from driftscope.report.topology import op_of_tensor, tensor_order
+
+if TYPE_CHECKING:
+    import polars as pl
+
+RELATIONS = (
+    "identical",
+    "equal-after-transform",
+    "quantized-from",
+    "different",
+    "non-finite",
+    "unclassified",
+)
+"""What a tensor of the candidate can be to the teacher's, from the best to the worst."""
+
+WORST_LISTED = 12
+_LISTED = (
+    "tensor",
+    "shape_b",
+    "dtype_a",
+    "dtype_b",
+    "compared_count",
+    "nmse",
+    "expected_nmse",
+    "max_diff",
+    "max_index",
+    "max_value_a",
+    "max_value_b",
+    "cosine_similarity",
+    "std_ratio",
+    "nan_a",
+    "nan_b",
+    "inf_a",
+    "inf_b",
+)
+
+
+def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
+    """Return the ``weights`` section, or ``not-run`` where there is no sweep."""
+    sweep = evidence.get("sweep")
+    if sweep is None:
+        return not_run("no tensor was compared: the sweep is not there")
+    inventory = evidence.get("sweep_inventory") or {}
+    relations = _relations(sweep, evidence.get("sweep_summary") or {})
+    rows = sorted(sweep.iter_rows(named=True), key=lambda row: tensor_order(row["tensor"]))
+    for row in rows:
+        row["relation"] = relations[row["tensor"]]
+    counts = Counter(row["relation"] for row in rows)
+    coverage = inventory.get("coverage") or {"expected": None, "compared": len(rows)}
+    return {
+        "status": "done",
+        "coverage": {"expected": coverage["expected"], "compared": coverage["compared"]},
+        "tensors": len(rows),
+        "elements": sum(row["element_count"] for row in rows),
+        "elements_compared": sum(row["compared_count"] for row in rows),
+        "elements_identical": sum(row["identical_count"] for row in rows),
+        "relations": {relation: counts.get(relation, 0) for relation in RELATIONS},
+        "first_unlike": _first_unlike(rows),
+        "by_dtype": _by_dtype(rows),
+        "worst": [_listed_row(row) for row in sorted(rows, key=_badness)[:WORST_LISTED]],
+        "missing": list(inventory.get("missing") or []),
+        "extra": list(inventory.get("extra") or []),
+        "unmapped_a": list(inventory.get("unmapped_a") or []),
+        "unmapped_b": list(inventory.get("unmapped_b") or []),
+        "metadata_differences": [dict(item) for item in inventory.get("metadata_differences") or []],
+    }
+
+
+def _relations(sweep: pl.DataFrame, summary: Document) -> dict[str, str]:
+    """Return each tensor's relation; what the sweep's summary does not name is ``unclassified``."""
+    given = summary.get("relations") or {}
+    if not isinstance(given, Mapping):
+        given = {item["tensor"]: item["relation"] for item in given}
+    found = {}
+    for tensor in sweep["tensor"].to_list():
+        relation = str(given.get(tensor, "unclassified"))
+        found[tensor] = relation if relation in RELATIONS else "equal-after-transform"
+    return found
+
+
+def _first_unlike(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Name the first tensor, in the order of the forward pass, that no legal relation explains."""
+    for row in rows:
+        if row["relation"] in ("different", "non-finite"):
+            layer, op = op_of_tensor(row["tensor"])
+            return {"tensor": row["tensor"], "relation": row["relation"], "layer": layer, "op": op}
+    return None
+
+
+def _by_dtype(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["dtype_a"], row["dtype_b"]), []).append(row)
+    table = []
+    for (dtype_a, dtype_b), members in sorted(groups.items()):
+        nmse = [row["nmse"] for row in members if row["nmse"] is not None]
+        ratios = [ratio for row in members if (ratio := _over_expected(row)) is not None]
+        table.append(
+            {
+                "dtype_a": dtype_a,
+                "dtype_b": dtype_b,
+                "tensors": len(members),
+                "elements": sum(row["element_count"] for row in members),
+                "nmse_median": median(nmse) if nmse else None,
+                "nmse_max": max(nmse) if nmse else None,
+                "nmse_over_expected_median": median(ratios) if ratios else None,
+                "nmse_over_expected_max": max(ratios) if ratios else None,
+            }
+        )
+    return table
+
+
+def _over_expected(row: Mapping[str, Any]) -> float | None:
+    """Return the measured NMSE over what the format's step sizes predict."""
+    if row["nmse"] is None or not row["expected_nmse"]:
+        return None
+    return float(row["nmse"] / row["expected_nmse"])
+
+
+def _badness(row: Mapping[str, Any]) -> tuple[int, float, tuple[int, int, int, str]]:
+    """Sort key: the least explained relation first, then the largest NMSE."""
+    return (-RELATIONS.index(row["relation"]), -(row["nmse"] or 0.0), tensor_order(row["tensor"]))
+
+
+def _listed_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    listed = {key: row.get(key) for key in _LISTED}
+    return {**listed, "relation": row["relation"], "nmse_over_expected": _over_expected(row)}
