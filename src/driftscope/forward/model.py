@@ -1,0 +1,258 @@
+"""The streaming forward pass: one layer's weights at a time, whatever the size of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.artifacts.model import Artifact, ModelConfig
+from driftscope.artifacts.names import ROPE_FREQS
+from driftscope.errors import InputError
+from driftscope.forward.architecture import Op, site_shape, site_tensor
+from driftscope.forward.batch import TokenBatch
+from driftscope.forward.policy import MATMUL_SITES, WHOLE_MODEL, Policy
+from driftscope.forward.rotary import rope_frequencies
+from driftscope.forward.taps import TapConsumer
+from driftscope.forward.weights import Weights
+from driftscope.kernels import forward as kernels
+
+F32 = NDArray[np.float32]
+
+_EMBEDDING = "model.embed_tokens.weight"
+_SHARED_FIELDS = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "attention_bias",
+    "qk_norm",
+)
+"""What artifacts must agree on for their weights to be mixed in one pass."""
+
+
+class ForwardPass:
+    """A model under a policy, ready to run.
+
+    The hyperparameters are those of the artifact of the policy's base choice. The pass keeps no state:
+    running layers in chunks, in separate processes, gives the same bits as running them at once, and so
+    does any number of threads.
+    """
+
+    def __init__(self, artifacts: Mapping[str, Artifact], policy: Policy, *, threads: int = 1) -> None:
+        """Prepare a pass.
+
+        Args:
+            artifacts: by the roles that the policy names.
+            policy: which weights and which arithmetic each site uses.
+            threads: for the matmuls.
+
+        Raises:
+            InputError: a role has no artifact, two artifacts are not of one shape, or the rotary scaling
+                is not implemented.
+        """
+        for role in policy.artifacts:
+            if role not in artifacts:
+                raise InputError(f"policy: no artifact for the role {role!r}")
+        self.policy = policy
+        self.config: ModelConfig = artifacts[policy.base.artifact].config
+        self._weights = {role: Weights(artifacts[role], threads=threads) for role in policy.artifacts}
+        for role in policy.artifacts:
+            _check_same_shape(artifacts[policy.base.artifact], artifacts[role])
+        base = self._weights[policy.base.artifact]
+        half = self.config.head_dim // 2
+        factors = base.vector(ROPE_FREQS, half) if ROPE_FREQS in base.artifact.tensors else None
+        self._frequencies = rope_frequencies(self.config, factors)
+
+    def run(self, batch: TokenBatch, tap: TapConsumer | None = None) -> F32:
+        """The whole pass: logits of every token as ``float32[n_tokens, vocabulary]``."""
+        hidden = self.embed(batch, tap)
+        hidden = self.run_layers(hidden, batch, range(self.config.num_layers), tap)
+        return self.head(hidden, tap=tap)
+
+    def embed(self, batch: TokenBatch, tap: TapConsumer | None = None) -> F32:
+        """Embedding rows of the tokens as ``float32[n_tokens, hidden_size]``.
+
+        Raises:
+            InputError: a sequence is longer than the context, or an id is outside of the vocabulary.
+        """
+        if batch.longest > self.config.context_length:
+            path = self._weights[self.policy.base.artifact].artifact.path
+            raise InputError(
+                f"{path}: a prompt of {batch.longest} tokens is longer than the model's context of "
+                f"{self.config.context_length} tokens"
+            )
+        largest = int(batch.ids.max())
+        if largest >= self.config.vocab_size or int(batch.ids.min()) < 0:
+            raise InputError(
+                f"token id {largest} is outside of the vocabulary of {self.config.vocab_size} tokens"
+            )
+        weights = self._weights[self.policy.choice(WHOLE_MODEL, "embed").artifact]
+        hidden = weights.rows(_EMBEDDING, (self.config.vocab_size, self.config.hidden_size), batch.ids)
+        _emit(tap, WHOLE_MODEL, "embedding", hidden)
+        return hidden
+
+    def run_layers(
+        self, hidden: F32, batch: TokenBatch, layers: Iterable[int], tap: TapConsumer | None = None
+    ) -> F32:
+        """Run some layers, one after the other.
+
+        Args:
+            hidden: ``float32[n_tokens, hidden_size]``, the input of the first of them.
+            batch: the tokens, for their positions.
+            layers: ascending layer numbers.
+            tap: receives the taps of these layers.
+
+        Returns:
+            ``float32[n_tokens, hidden_size]``, the output of the last of them.
+        """
+        cosine, sine = kernels.rope_tables(self._frequencies, batch.longest)
+        for layer in layers:
+            hidden = self._attention_block(hidden, layer, batch, cosine, sine, tap)
+            hidden = self._mlp_block(hidden, layer, tap)
+        return hidden
+
+    def head(self, hidden: F32, rows: NDArray[np.int64] | None = None, tap: TapConsumer | None = None) -> F32:
+        """Final norm and LM head.
+
+        Args:
+            hidden: ``float32[n_tokens, hidden_size]``, the output of the last layer.
+            rows: tokens whose logits are asked for, or None for all.
+            tap: receives ``final_norm`` of all tokens and ``lm_head`` of the tokens asked for.
+
+        Returns:
+            ``float32[n_rows, vocabulary]``.
+        """
+        x = self._norm(hidden, WHOLE_MODEL, "model.norm.weight")
+        _emit(tap, WHOLE_MODEL, "final_norm", x)
+        logits = self._matmul(x if rows is None else x[rows], WHOLE_MODEL, "lm_head")
+        _emit(tap, WHOLE_MODEL, "lm_head", logits)
+        return logits
+
+    def activation_format(self, layer: int, op: Op) -> str:
+        """Format that an op rounds its activation to, e.g. ``q8_K``; several are joined by ``+``.
+
+        ``none`` where it is not rounded or the op multiplies no weights.
+        """
+        formats = []
+        for site in op.sites:
+            if site in MATMUL_SITES and op.tap != "qkv_bias":
+                choice = self.policy.choice(layer, site)
+                weights = self._weights[choice.artifact]
+                name = site_tensor(weights.artifact.config, layer, site)
+                formats.append(weights.activation_format(name, choice))
+        return "+".join(dict.fromkeys(formats)) or "none"
+
+    def _attention_block(
+        self, hidden: F32, layer: int, batch: TokenBatch, cosine: F32, sine: F32, tap: TapConsumer | None
+    ) -> F32:
+        config = self.config
+        x = self._norm(hidden, layer, f"model.layers.{layer}.input_layernorm.weight")
+        _emit(tap, layer, "attn_norm", x)
+        q, k, v = (self._matmul(x, layer, site) for site in ("q", "k", "v"))
+        _emit(tap, layer, "qkv_matmul", q, k, v)
+        if config.attention_bias:
+            q, k, v = (
+                y + self._bias(layer, site) for y, site in zip((q, k, v), ("q", "k", "v"), strict=True)
+            )
+        _emit(tap, layer, "qkv_bias", q, k, v)
+        if config.qk_norm:
+            q = self._norm(q, layer, f"model.layers.{layer}.self_attn.q_norm.weight", config.head_dim)
+            k = self._norm(k, layer, f"model.layers.{layer}.self_attn.k_norm.weight", config.head_dim)
+        positions = batch.positions
+        q, k = kernels.rope(q, cosine, sine, positions), kernels.rope(k, cosine, sine, positions)
+        _emit(tap, layer, "q_post_rope", q)
+        _emit(tap, layer, "k_post_rope", k)
+        self._emit_attention_maps(tap, layer, q, k, batch)
+        x = kernels.attention(
+            q,
+            k,
+            v,
+            batch.boundaries,
+            n_heads=config.num_heads,
+            n_kv_heads=config.num_kv_heads,
+            scale=config.head_dim**-0.5,
+            window=config.sliding_window,
+            kv_type=self.policy.kv_type,
+        )
+        _emit(tap, layer, "attention", x)
+        x = self._matmul(x, layer, "o")
+        _emit(tap, layer, "attn_out", x)
+        hidden = hidden + x
+        _emit(tap, layer, "post_attn_residual", hidden)
+        return hidden
+
+    def _mlp_block(self, hidden: F32, layer: int, tap: TapConsumer | None) -> F32:
+        x = self._norm(hidden, layer, f"model.layers.{layer}.post_attention_layernorm.weight")
+        _emit(tap, layer, "ffn_norm", x)
+        gate, up = self._matmul(x, layer, "gate"), self._matmul(x, layer, "up")
+        _emit(tap, layer, "ffn_gate", gate)
+        _emit(tap, layer, "ffn_up", up)
+        x = kernels.silu(gate)
+        _emit(tap, layer, "ffn_silu", x)
+        x = x * up
+        _emit(tap, layer, "ffn_swiglu", x)
+        x = self._matmul(x, layer, "down")
+        _emit(tap, layer, "ffn_out", x)
+        hidden = hidden + x
+        _emit(tap, layer, "post_ffn_residual", hidden)
+        return hidden
+
+    def _emit_attention_maps(
+        self, tap: TapConsumer | None, layer: int, q: F32, k: F32, batch: TokenBatch
+    ) -> None:
+        if tap is None or not (tap.wants(layer, "attn_scores") or tap.wants(layer, "attn_softmax")):
+            return
+        config = self.config
+        for sequence, tokens in enumerate(batch.slices):
+            scores = kernels.attention_scores(
+                q[tokens],
+                k[tokens],
+                n_heads=config.num_heads,
+                n_kv_heads=config.num_kv_heads,
+                scale=config.head_dim**-0.5,
+                kv_type=self.policy.kv_type,
+            )
+            _emit(tap, layer, "attn_scores", scores, sequence=sequence)
+            if tap.wants(layer, "attn_softmax"):
+                weights = kernels.attention_softmax(
+                    scores, n_heads=config.num_heads, window=config.sliding_window
+                )
+                _emit(tap, layer, "attn_softmax", weights, sequence=sequence)
+
+    def _norm(self, x: F32, layer: int, name: str, channels: int | None = None) -> F32:
+        weights = self._weights[self.policy.choice(layer, "norms").artifact]
+        return kernels.rms_norm(
+            x, weights.vector(name, channels or self.config.hidden_size), self.config.rms_norm_eps
+        )
+
+    def _matmul(self, x: F32, layer: int, site: str) -> F32:
+        choice = self.policy.choice(layer, site)
+        weights = self._weights[choice.artifact]
+        # Whether the head is tied is a property of the artifact that the weights come from.
+        name = site_tensor(weights.artifact.config, layer, site)
+        return weights.matmul(x, name, site_shape(self.config, site), choice)
+
+    def _bias(self, layer: int, site: str) -> F32:
+        weights = self._weights[self.policy.choice(layer, site).artifact]
+        name = site_tensor(self.config, layer, site).removesuffix("weight") + "bias"
+        return weights.vector(name, site_shape(self.config, site)[0])
+
+
+def _emit(tap: TapConsumer | None, layer: int, name: str, *parts: F32, sequence: int | None = None) -> None:
+    if tap is not None and tap.wants(layer, name):
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        tap(layer, name, array, sequence=sequence)
+
+
+def _check_same_shape(a: Artifact, b: Artifact) -> None:
+    for name in _SHARED_FIELDS:
+        if getattr(a.config, name) != getattr(b.config, name):
+            raise InputError(
+                f"{b.path}: {name} is {getattr(b.config, name)}, but {getattr(a.config, name)} in {a.path}; "
+                "expected two artifacts of one model"
+            )

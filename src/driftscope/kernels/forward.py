@@ -1,0 +1,357 @@
+"""What a transformer layer does between its matmuls: RMSNorm, rotary embedding, attention, SwiGLU.
+
+Every kernel takes and returns float32. Sums run in one fixed order that depends neither on the number of
+threads nor on how the tokens are batched, and products are never fused with sums, so a token's result
+is the same bits alone or in a batch, on every host. exp, cos and sin are taken in float64 and rounded once to
+float32, which hides the last-bit differences between C libraries.
+
+`driftscope.kernels.reference.forward` is the same in plain NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.kernels.jit import device, kernel
+
+F32 = NDArray[np.float32]
+
+KV_TYPES = ("f32", "f16")
+"""Types in which attention may hold its operands; see `attention`."""
+
+
+def rms_norm(x: F32, weight: F32, eps: float) -> F32:
+    """Divide every row by its root mean square and multiply by the weight.
+
+    The mean square is summed in float64 from the first channel to the last; the reciprocal root is rounded to
+    float32 before it is used, as in ggml and transformers (Zhang and Sennrich 2019, equation 4).
+
+    Args:
+        x: ``float32[n, channels]``; the channels may be several heads of ``len(weight)`` channels each,
+            which are then normalized one by one.
+        weight: ``float32[head_channels]``.
+        eps: added to the mean square.
+
+    Returns:
+        ``float32`` of the shape of `x`.
+    """
+    rows = np.ascontiguousarray(x).reshape(-1, weight.shape[0])
+    out = np.empty_like(rows)
+    _rms_norm(rows, weight, float(eps), out)
+    return out.reshape(x.shape)
+
+
+@kernel("void(R(float32, 2), R(float32, 1), float64, float32[:, ::1])")
+def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
+    n, channels = x.shape
+    for i in range(n):
+        total = 0.0
+        for c in range(channels):
+            value = np.float64(x[i, c])
+            total += value * value
+        scale = np.float32(1.0 / math.sqrt(total / channels + eps))
+        for c in range(channels):
+            out[i, c] = (x[i, c] * scale) * weight[c]
+
+
+def rope_tables(frequencies: F32, n_positions: int) -> tuple[F32, F32]:
+    """Cosine and sine of every rotary angle.
+
+    The angle is the product of position and frequency in float32, as transformers forms it.
+
+    Args:
+        frequencies: ``float32[head_dim / 2]``, radians per position.
+        n_positions: positions 0 to ``n_positions - 1``.
+
+    Returns:
+        Two ``float32[n_positions, head_dim / 2]``.
+    """
+    angles = np.arange(n_positions, dtype=np.float32)[:, None] * frequencies.astype(np.float32)[None, :]
+    wide = angles.astype(np.float64)
+    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+
+
+def rope(x: F32, cosine: F32, sine: F32, positions: NDArray[np.int64]) -> F32:
+    """Rotate every head by the angles of its token's position (Su et al. 2021).
+
+    Channel ``i`` of a head is paired with channel ``i + head_dim / 2`` (the split-half pairing of
+    transformers; the interleaved pairing of GGUF's llama-like files is the same after their rows are
+    put back in order).
+
+    Args:
+        x: ``float32[n, heads * head_dim]``.
+        cosine: ``float32[n_positions, head_dim / 2]`` from `rope_tables`.
+        sine: the same.
+        positions: ``int64[n]``, row of the tables for each token.
+
+    Returns:
+        ``float32`` of the shape of `x`.
+    """
+    out = np.empty_like(x)
+    _rope(np.ascontiguousarray(x), cosine, sine, positions, out)
+    return out
+
+
+@kernel("void(R(float32, 2), R(float32, 2), R(float32, 2), R(int64, 1), float32[:, ::1])")
+def _rope(x, cosine, sine, positions, out):  # type: ignore[no-untyped-def]
+    half = cosine.shape[1]
+    for i in range(x.shape[0]):
+        row = positions[i]
+        for head in range(0, x.shape[1], 2 * half):
+            for c in range(half):
+                a = x[i, head + c]
+                b = x[i, head + half + c]
+                out[i, head + c] = a * cosine[row, c] - b * sine[row, c]
+                out[i, head + half + c] = b * cosine[row, c] + a * sine[row, c]
+
+
+def silu(gate: F32) -> F32:
+    """``x / (1 + exp(-x))`` elementwise, in float64, rounded once."""
+    flat = np.ascontiguousarray(gate).reshape(-1)
+    out = np.empty_like(flat)
+    _silu(flat, out)
+    return out.reshape(gate.shape)
+
+
+@kernel("void(R(float32, 1), float32[::1])")
+def _silu(x, out):  # type: ignore[no-untyped-def]
+    for i in range(x.shape[0]):
+        value = np.float64(x[i])
+        out[i] = np.float32(value / (1.0 + math.exp(-value)))
+
+
+def swiglu(gate: F32, up: F32) -> F32:
+    """``silu(gate) * up`` (Shazeer 2020, without the projections): silu is rounded, then multiplied."""
+    product: F32 = silu(gate) * up
+    return product
+
+
+def attention(
+    q: F32,
+    k: F32,
+    v: F32,
+    starts: NDArray[np.int64],
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    scale: float,
+    window: int | None = None,
+    kv_type: str = "f32",
+) -> F32:
+    """Causal attention of several sequences, each over its own tokens.
+
+    Head ``h`` reads the keys and values of head ``h // (n_heads / n_kv_heads)``. A score is the float32
+    dot over the channels in order, times `scale`; the softmax takes off the row's maximum and sums in
+    float64; the weighted sum runs over the keys in order in float32.
+
+    Args:
+        q: ``float32[n, n_heads * head_dim]``, after RoPE.
+        k: ``float32[n, n_kv_heads * head_dim]``, after RoPE.
+        v: ``float32[n, n_kv_heads * head_dim]``.
+        starts: ``int64[n_sequences + 1]``, first token of each sequence, then n.
+        n_heads: number of query heads.
+        n_kv_heads: number of key and value heads; divides `n_heads`.
+        scale: usually ``head_dim ** -0.5``.
+        window: a query sees this many keys at most, its own included; None for all before it.
+        kv_type: ``f32``; or ``f16``, which does what ggml does over a float16 cache: k and v are rounded,
+            and q and the softmax are rounded too, because ggml multiplies float16 with float16.
+
+    Returns:
+        ``float32[n, n_heads * head_dim]``.
+    """
+    _check_kv_type(kv_type)
+    if kv_type == "f16":
+        q, k, v = to_f16(q), to_f16(k), to_f16(v)
+    out = np.empty_like(q)
+    _attention(q, k, v, starts, n_heads, n_kv_heads, np.float32(scale), window or 0, kv_type == "f16", out)
+    return out
+
+
+def attention_scores(
+    q: F32, k: F32, *, n_heads: int, n_kv_heads: int, scale: float, kv_type: str = "f32"
+) -> F32:
+    """Scaled scores of one sequence before the mask, the same bits that `attention` uses.
+
+    Args:
+        q: ``float32[t, n_heads * head_dim]``, after RoPE.
+        k: ``float32[t, n_kv_heads * head_dim]``, after RoPE.
+        n_heads: number of query heads.
+        n_kv_heads: number of key heads.
+        scale: as in `attention`.
+        kv_type: as in `attention`.
+
+    Returns:
+        ``float32[t, n_heads * t]``: for each query, head by head, one score a key, keys to come included.
+    """
+    _check_kv_type(kv_type)
+    if kv_type == "f16":
+        q, k = to_f16(q), to_f16(k)
+    out = np.empty((q.shape[0], n_heads * q.shape[0]), dtype=np.float32)
+    _scores(q, k, n_heads, n_kv_heads, np.float32(scale), out)
+    return out
+
+
+def attention_softmax(scores: F32, *, n_heads: int, window: int | None = None) -> F32:
+    """Softmax of the scores of one sequence under the causal mask, the same bits that `attention` uses.
+
+    Args:
+        scores: ``float32[t, n_heads * t]`` from `attention_scores`.
+        n_heads: number of query heads.
+        window: as in `attention`.
+
+    Returns:
+        ``float32[t, n_heads * t]``, zero where masked. With ``kv_type="f16"`` it is rounded to float16 only
+        where it meets the values.
+    """
+    out = np.zeros_like(scores)
+    _softmax(scores, n_heads, window or 0, out)
+    return out
+
+
+def to_f16(x: F32) -> F32:
+    """Round to float16 and back; beyond 65504 becomes infinite, as in ggml."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float32)
+
+
+def _check_kv_type(kv_type: str) -> None:
+    if kv_type not in KV_TYPES:
+        raise ValueError(f"kv_type {kv_type!r}; expected one of {', '.join(KV_TYPES)}")
+
+
+@device
+def _first_key(query, window):  # type: ignore[no-untyped-def]
+    if window > 0 and query + 1 > window:
+        return query + 1 - window
+    return 0
+
+
+@device
+def _score_row(q, kt, first, stop, scale, out):  # type: ignore[no-untyped-def]
+    # Keys are the inner loop, so it vectorizes while each score is still summed channel by channel. Four
+    # channels are added a sweep, in order, to load and store the sums a quarter as often.
+    channels = q.shape[0]
+    for j in range(first, stop):
+        out[j] = np.float32(0.0)
+    whole = channels - channels % 4
+    for c in range(0, whole, 4):
+        q0, q1, q2, q3 = q[c], q[c + 1], q[c + 2], q[c + 3]
+        k0, k1, k2, k3 = kt[c], kt[c + 1], kt[c + 2], kt[c + 3]
+        for j in range(first, stop):
+            out[j] = (((out[j] + q0 * k0[j]) + q1 * k1[j]) + q2 * k2[j]) + q3 * k3[j]
+    for c in range(whole, channels):
+        for j in range(first, stop):
+            out[j] = out[j] + q[c] * kt[c, j]
+    for j in range(first, stop):
+        out[j] = out[j] * scale
+
+
+@device
+def _softmax_row(scores, first, stop, out):  # type: ignore[no-untyped-def]
+    # A NaN is never the maximum but makes the sum NaN, and so the whole row.
+    largest = np.float32(-np.inf)
+    for j in range(first, stop):
+        if scores[j] > largest:
+            largest = scores[j]
+    total = 0.0
+    for j in range(first, stop):
+        value = math.exp(np.float64(scores[j]) - np.float64(largest))
+        out[j] = np.float32(value)
+        total += np.float64(out[j])
+    for j in range(first, stop):
+        out[j] = np.float32(np.float64(out[j]) / total)
+
+
+@device
+def _round_row_to_f16(values, bits, first, stop):  # type: ignore[no-untyped-def]
+    # For values in [0, 1] and NaN, all that a softmax gives. Below 2^-14 float16 has a fixed step of
+    # 2^-24, the step of float32 just under 1; above it, 13 bits of the significand go, to nearest even.
+    for j in range(first, stop):
+        if values[j] < np.float32(6.103515625e-05):
+            values[j] = (values[j] + np.float32(0.75)) - np.float32(0.75)
+        elif values[j] <= np.float32(1.0):
+            rounded = bits[j] + np.uint32(0xFFF) + ((bits[j] >> np.uint32(13)) & np.uint32(1))
+            bits[j] = np.uint32(rounded & np.uint32(0xFFFFE000))
+
+
+@device
+def _weighted_sum(weights, v, first, stop, out):  # type: ignore[no-untyped-def]
+    channels = v.shape[1]
+    for c in range(channels):
+        out[c] = np.float32(0.0)
+    j = first
+    while j + 4 <= stop:
+        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+        v0, v1, v2, v3 = v[j], v[j + 1], v[j + 2], v[j + 3]
+        for c in range(channels):
+            out[c] = (((out[c] + w0 * v0[c]) + w1 * v1[c]) + w2 * v2[c]) + w3 * v3[c]
+        j += 4
+    while j < stop:
+        for c in range(channels):
+            out[c] = out[c] + weights[j] * v[j, c]
+        j += 1
+
+
+@device
+def _transposed(k, begin, end, head, head_dim):  # type: ignore[no-untyped-def]
+    kt = np.empty((head_dim, end - begin), dtype=np.float32)
+    for j in range(end - begin):
+        for c in range(head_dim):
+            kt[c, j] = k[begin + j, head * head_dim + c]
+    return kt
+
+
+@kernel(
+    "void(R(float32, 2), R(float32, 2), R(float32, 2), R(int64, 1), "
+    "int64, int64, float32, int64, boolean, float32[:, ::1])"
+)
+def _attention(q, k, v, starts, n_heads, n_kv_heads, scale, window, f16, out):  # type: ignore[no-untyped-def]
+    head_dim = q.shape[1] // n_heads
+    group = n_heads // n_kv_heads
+    for s in range(starts.shape[0] - 1):
+        begin, end = starts[s], starts[s + 1]
+        length = end - begin
+        scores = np.empty(length, dtype=np.float32)
+        weights = np.empty(length, dtype=np.float32)
+        bits = weights.view(np.uint32)
+        values = np.empty((length, head_dim), dtype=np.float32)
+        for kv_head in range(n_kv_heads):
+            kt = _transposed(k, begin, end, kv_head, head_dim)
+            for j in range(length):
+                for c in range(head_dim):
+                    values[j, c] = v[begin + j, kv_head * head_dim + c]
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                left, right = head * head_dim, (head + 1) * head_dim
+                for i in range(length):
+                    first = _first_key(i, window)
+                    _score_row(q[begin + i, left:right], kt, first, i + 1, scale, scores)
+                    _softmax_row(scores, first, i + 1, weights)
+                    if f16:
+                        _round_row_to_f16(weights, bits, first, i + 1)
+                    _weighted_sum(weights, values, first, i + 1, out[begin + i, left:right])
+
+
+@kernel("void(R(float32, 2), R(float32, 2), int64, int64, float32, float32[:, ::1])")
+def _scores(q, k, n_heads, n_kv_heads, scale, out):  # type: ignore[no-untyped-def]
+    length = q.shape[0]
+    head_dim = q.shape[1] // n_heads
+    group = n_heads // n_kv_heads
+    for kv_head in range(n_kv_heads):
+        kt = _transposed(k, 0, length, kv_head, head_dim)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            for i in range(length):
+                row = out[i, head * length : (head + 1) * length]
+                _score_row(q[i, head * head_dim : (head + 1) * head_dim], kt, 0, length, scale, row)
+
+
+@kernel("void(R(float32, 2), int64, int64, float32[:, ::1])")
+def _softmax(scores, n_heads, window, out):  # type: ignore[no-untyped-def]
+    length = scores.shape[0]
+    for i in range(length):
+        first = _first_key(i, window)
+        for head in range(n_heads):
+            left, right = head * length, (head + 1) * length
+            _softmax_row(scores[i, left:right], first, i + 1, out[i, left:right])

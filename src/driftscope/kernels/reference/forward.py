@@ -1,0 +1,69 @@
+"""What a transformer layer does between its matmuls, in plain NumPy and float64: the test oracle."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+F64 = NDArray[np.float64]
+
+
+def rms_norm(x: F64, weight: F64, eps: float) -> F64:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last ``len(weight)`` channels of ``[n, channels]``."""
+    heads = x.reshape(x.shape[0], -1, weight.shape[0])
+    scaled = heads / np.sqrt(np.square(heads).mean(axis=-1, keepdims=True) + eps) * weight
+    return scaled.reshape(x.shape)
+
+
+def rope(x: F64, frequencies: F64, positions: NDArray[np.int64]) -> F64:
+    """Rotate split-half pairs of every head of ``[n, heads * head_dim]`` by ``position * frequency``."""
+    heads = x.reshape(x.shape[0], -1, 2, frequencies.shape[0])
+    pairs = heads[:, :, 0] + 1j * heads[:, :, 1]
+    turned = pairs * np.exp(1j * positions[:, None] * frequencies)[:, None, :]
+    return np.stack([turned.real, turned.imag], axis=2).reshape(x.shape)
+
+
+def silu(gate: F64) -> F64:
+    """``x / (1 + exp(-x))``."""
+    return gate / (1.0 + np.exp(-gate))
+
+
+def swiglu(gate: F64, up: F64) -> F64:
+    """``silu(gate) * up``."""
+    return silu(gate) * up
+
+
+def visible(length: int, window: int | None) -> NDArray[np.bool_]:
+    """Which key (column) each query (row) of a sequence sees."""
+    query, key = np.indices((length, length))
+    return (key <= query) & (True if window is None else key > query - window)
+
+
+def attention(
+    q: F64,
+    k: F64,
+    v: F64,
+    starts: NDArray[np.int64],
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    scale: float,
+    window: int | None = None,
+) -> F64:
+    """Causal grouped-query attention, sequence by sequence; shapes as in `driftscope.kernels.forward`."""
+    out = np.empty_like(q)
+    head_dim = q.shape[1] // n_heads
+    for begin, end in itertools.pairwise(starts):
+        mask = visible(int(end - begin), window)
+        for head in range(n_heads):
+            kv_head = head // (n_heads // n_kv_heads)
+            columns = slice(head * head_dim, (head + 1) * head_dim)
+            kv_columns = slice(kv_head * head_dim, (kv_head + 1) * head_dim)
+            scores = q[begin:end, columns] @ k[begin:end, kv_columns].T * scale
+            scores = np.where(mask, scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            out[begin:end, columns] = weights @ v[begin:end, kv_columns]
+    return out
