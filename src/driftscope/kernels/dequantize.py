@@ -1,0 +1,127 @@
+"""Dequantize rows of any format to f32, bit for bit as ggml's ``dequantize_row_*`` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.kernels.formats import BlockFormat, format_of, row_columns
+from driftscope.kernels.jit import kernel
+from driftscope.kernels.parallel import over_rows
+from driftscope.kernels.unpack import UnpackedRows, check_raw
+
+# Values unpacked at a time: small enough to stay in the second-level cache, large enough that the
+# calls from Python do not matter.
+SLAB_VALUES = 1 << 16
+
+_OFFSETS = {"none": 0, "subtract": 1, "add": 2}
+
+
+def dequantize(raw: NDArray[np.uint8], dtype: str, *, threads: int = 1) -> NDArray[np.float32]:
+    """The values of rows of a stored tensor.
+
+    Args:
+        raw: ``uint8[rows, row_bytes]``, the stored bytes; may be read-only.
+        dtype: format name, see `driftscope.kernels.formats`. F64 is rounded to f32.
+        threads: number of threads; the result does not depend on it.
+
+    Returns:
+        ``float32[rows, columns]``. Non-finite scales give what IEEE arithmetic gives.
+
+    Raises:
+        InputError: unknown format, or a row that is not a whole number of blocks.
+    """
+    layout = format_of(dtype)
+    if not layout.native:
+        return _through_gguf(raw, layout)
+    if not layout.is_integer:
+        return plain_values(raw, dtype)
+    raw, n_columns = check_raw(raw, dtype)
+    out = np.empty((raw.shape[0], n_columns), np.float32)
+    slab = slab_rows(n_columns)
+
+    def work(first: int, end: int) -> None:
+        unpacked = UnpackedRows.empty(layout, min(slab, end - first), n_columns)
+        for start in range(first, end, slab):
+            stop = min(end, start + slab)
+            unpacked.fill(raw, start, stop)
+            expand(unpacked, out[start:stop])
+
+    over_rows(work, raw.shape[0], threads=threads, grain=slab)
+    return out
+
+
+def slab_rows(n_columns: int) -> int:
+    """Rows that are unpacked at a time: about `SLAB_VALUES` values, a multiple of four rows."""
+    return max(4, SLAB_VALUES // max(1, n_columns) // 4 * 4)
+
+
+def plain_values(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """Rows of F32, F16, BF16 or F64 as f32; a view of the bytes where that is possible."""
+    columns = row_columns(dtype, raw.shape[1])
+    raw = np.ascontiguousarray(raw)
+    if dtype == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(-1, columns)
+    stored = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]
+    with np.errstate(all="ignore"):  # an F64 beyond f32 becomes infinite
+        values = raw.view(stored).astype(np.float32, copy=False)
+    return np.require(values, requirements="A")
+
+
+def expand(unpacked: UnpackedRows, out: NDArray[np.float32]) -> None:
+    """The f32 values of the first ``len(out)`` unpacked rows."""
+    layout = unpacked.layout
+    _expand_rows(
+        layout.sub_block,
+        layout.block_size,
+        _OFFSETS[layout.offset],
+        unpacked.quants,
+        unpacked.scales,
+        unpacked.mins,
+        unpacked.d,
+        unpacked.dmin,
+        out,
+    )
+
+
+@kernel("void(int64, int64, int64, int8[:,::1], int8[:,::1], int8[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])")
+def _expand_rows(
+    sub_block: int,
+    block: int,
+    offset: int,
+    quants: Any,
+    scales: Any,
+    mins: Any,
+    d: Any,
+    dmin: Any,
+    out: Any,
+) -> None:
+    subs_a_block = block // sub_block
+    for r in range(out.shape[0]):
+        for s in range(scales.shape[1]):
+            b = s // subs_a_block
+            scale = d[r, b] * np.float32(scales[r, s])
+            shift = dmin[r, b] * np.float32(mins[r, s])
+            start = s * sub_block
+            if offset == 0:
+                for i in range(start, start + sub_block):
+                    out[r, i] = scale * np.float32(quants[r, i])
+            elif offset == 1:
+                for i in range(start, start + sub_block):
+                    out[r, i] = scale * np.float32(quants[r, i]) - shift
+            else:
+                # Where both are NaN, ggml keeps the first; the compiler may swap the operands of a sum.
+                for i in range(start, start + sub_block):
+                    value = scale * np.float32(quants[r, i])
+                    out[r, i] = value + shift if value == value else value
+
+
+def _through_gguf(raw: NDArray[np.uint8], layout: BlockFormat) -> NDArray[np.float32]:
+    from gguf import GGMLQuantizationType, quants
+
+    columns = row_columns(layout.name, raw.shape[1])
+    with np.errstate(all="ignore"):
+        values = quants.dequantize(np.ascontiguousarray(raw), GGMLQuantizationType(layout.ggml_type))
+    return np.asarray(values, np.float32).reshape(raw.shape[0], columns)
