@@ -167,7 +167,7 @@ def decomposition_document(layers: int, random: np.random.Generator) -> dict[str
     add("mechanism", "weight", "weight", 0.931)
     add("mechanism", "activation", "activation", 0.083)
     add("mechanism", "interaction", "both", -0.014)
-    for by, items in (("layer", [str(layer) for layer in range(layers)]), ("site", list(SITES))):
+    for by, items in (("layer", [str(layer) for layer in range(layers)]), ("site", list(SITES[2:]))):
         for mechanism, total in (("weight", 0.931), ("activation", 0.083)):
             draws = random.gamma(1.2, size=len(items))
             parts = 0.9 * total * draws / draws.sum()

@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import random
 
+from driftscope.artifacts.model import ModelConfig
+from driftscope.forward import policy
+from driftscope.forward.architecture import embedding_op, head_ops, layer_ops
 from driftscope.report.topology import (
     LAYER_TAPS,
+    MODEL_TAPS,
+    SITES,
     op_of_tensor,
     pair_order,
     site_order,
@@ -19,6 +24,13 @@ def test_taps_sort_as_the_forward_pass_makes_them() -> None:
     shuffled = expected.copy()
     random.Random(0).shuffle(shuffled)
     assert sorted(shuffled, key=lambda place: tap_order(*place)) == expected
+
+
+def test_the_order_is_the_forward_passs_own() -> None:
+    config = ModelConfig("llama", 8, 2, 2, 1, 4, 16, 32, 64, 1e-5, 1e4)
+    assert [op.tap for op in layer_ops(config)] == list(LAYER_TAPS)
+    assert [embedding_op(config).tap, *(op.tap for op in head_ops(config))] == list(MODEL_TAPS)
+    assert policy.SITES == SITES
 
 
 def test_an_unknown_tap_comes_last_in_its_layer() -> None:

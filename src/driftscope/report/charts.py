@@ -219,7 +219,7 @@ def site_bars(shares: Sequence[Mapping[str, Any]], mechanism: str) -> Any:
     x = alt.X("share:Q", scale=_share_scale(rows), axis=_share_axis(24))
     bars = alt.Chart(_data(rows)).mark_bar(color=COLOURS[mechanism]).encode(x=x, y=y, description="tip:N")
     intervals = alt.Chart(_data(rows)).mark_rule(color=INK).encode(x="low:Q", x2="high:Q", y=y)
-    return _finished(alt.layer(bars, intervals), 410, 22 * len(sites), 60, 16, 40)
+    return _finished(alt.layer(bars, intervals), 300, 20 * len(sites), 60, 16, 40)
 
 
 def flips(points: Sequence[Mapping[str, Any]]) -> Any:

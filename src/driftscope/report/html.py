@@ -39,6 +39,8 @@ _CHIPS = {
 }
 _MARKS = {"good": "✓", "fine": "≈", "bad": "✗", "against": "✗", "mixed": "◐", "none": "–"}
 
+_WORDS = {"quantized-from": "quantized", "equal-after-transform": "equal after a transform"}
+
 _MECHANISMS = {"weight": "weight quantization", "activation": "activation quantization"}
 
 PAIR_NAMES = {
@@ -78,7 +80,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         chip=chip_kind,
         mark=lambda status: _MARKS[chip_kind(status)],
         place=_place,
-        words=lambda status: str(status).replace("-", " "),
+        words=lambda status: _WORDS.get(status, str(status).replace("-", " ")),
         breakable=_breakable,
         arrow=_pair_words,
     )
@@ -214,9 +216,10 @@ def _legend(report: Mapping[str, Any]) -> dict[str, Any] | None:
     if domain is None:
         return {"gradient": None, "ticks": [], "zero": zero}
     low, high = (math.log10(end) for end in domain)
+    every = 1 if high - low <= 7 else 2
     ticks = [
-        {"at": f"{100 * (power - low) / (high - low):.2f}", "power": text.number(10.0**power, 1)}
-        for power in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
+        {"at": f"{100 * (power - low) / (high - low):.2f}", "power": text.power_of_ten(power)}
+        for power in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1, every)
     ]
     return {"gradient": ", ".join(charts.RAMP), "ticks": ticks, "zero": zero}
 

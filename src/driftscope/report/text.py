@@ -36,6 +36,11 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{mantissa} × 10{str(power).translate(_SUPERSCRIPTS)}".replace("-", "−", 1)
 
 
+def power_of_ten(exponent: int) -> str:
+    """Write a power of ten."""
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
+
+
 def count(value: Any) -> str:
     """Write a whole number with its thousands apart."""
     return MISSING if value is None else f"{value:,}"

@@ -28,8 +28,8 @@ LAYER_TAPS = (
 MODEL_TAPS = ("embedding", "final_norm", "lm_head")
 """Taps of the whole model (layer -1), in topological order."""
 
-SITES = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
-"""Matmul sites, in topological order."""
+SITES = ("embed", "norms", "q", "k", "v", "o", "gate", "up", "down", "lm_head")
+"""Everything that reads weights; the matmul sites in topological order."""
 
 PAIRS = ("teacher.f32|candidate.f32", "candidate.f32|candidate.int8-dot", "teacher.f32|candidate.int8-dot")
 """Pairs of paths: the weights alone, the arithmetic alone, both together."""

@@ -19,7 +19,7 @@ CLASSES = (
 HEADLINES = {
     "identical": "The two models are identical in everything that was compared.",
     "expected-quantization-noise": "No bug found: the candidate differs as its quantization predicts.",
-    "bug": "A bug, not quantization: something differs that no legal transform or format explains.",
+    "bug": "This is a bug, not the price of quantization.",
     "different-weights": "These are different weights, not a conversion of one model.",
     "inadmissible": "No verdict: the two sides may not be compared.",
     "inconclusive": "No verdict: the evidence does not decide.",
