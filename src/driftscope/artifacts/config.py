@@ -14,6 +14,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # No model is near it; products of two counts below it stay exact in every arithmetic used here.
 _MAX_COUNT = 2**31 - 1
+MAX_LAYERS = 4096
 
 # What transformers takes where config.json is silent (``configuration_<model_type>.py``).
 _DEFAULT_EPS = 1e-6
@@ -78,7 +79,7 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
             intermediate_size=count(document, "intermediate_size", where),
             vocab_size=count(document, "vocab_size", where),
             context_length=count(document, "max_position_embeddings", where),
-            rms_norm_eps=number(document, "rms_norm_eps", where, default=_DEFAULT_EPS),
+            rms_norm_eps=epsilon(document, "rms_norm_eps", where, default=_DEFAULT_EPS),
             rope_theta=theta,
             rope_scaling=scaling,
             attention_bias=architecture == "qwen2",
@@ -103,10 +104,8 @@ def checked(config: ModelConfig, where: str) -> ModelConfig:
         )
     if config.head_dim % 2:
         raise InputError(f"{where}: head_dim is {config.head_dim}; RoPE needs an even number")
-    if not 0 <= config.rms_norm_eps < 1:
-        raise InputError(f"{where}: rms_norm_eps is {config.rms_norm_eps}; expected a number from 0 to 1")
-    if config.rope_theta <= 0:
-        raise InputError(f"{where}: rope_theta is {config.rope_theta}; expected a positive number")
+    if config.num_layers > MAX_LAYERS:
+        raise InputError(f"{where}: {config.num_layers} layers; expected at most {MAX_LAYERS}")
     return config
 
 
@@ -182,6 +181,22 @@ def number(document: Mapping[str, Any], key: str, where: str, *, default: float 
     raise InputError(f"{where}: {key} is {_short(value)}; expected a finite number")
 
 
+def epsilon(document: Mapping[str, Any], key: str, where: str, *, default: float | None = None) -> float:
+    """A number from 0 to 1, without 1; arguments as those of `count`."""
+    value = number(document, key, where, default=default)
+    if not 0 <= value < 1:
+        raise InputError(f"{where}: {key} is {value}; expected a number from 0 to 1")
+    return value
+
+
+def positive(document: Mapping[str, Any], key: str, where: str, *, default: float | None = None) -> float:
+    """A number above 0; arguments as those of `count`."""
+    value = number(document, key, where, default=default)
+    if value <= 0:
+        raise InputError(f"{where}: {key} is {value}; expected a positive number")
+    return value
+
+
 def flag(document: Mapping[str, Any], key: str, where: str, *, default: bool = False) -> bool:
     """True or false; arguments as those of `count`."""
     value = document.get(key)
@@ -213,8 +228,8 @@ def _rope(document: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any
     partial = scaling.get("partial_rotary_factor")
     if partial not in (None, 1):
         raise InputError(f"{where}: partial_rotary_factor is {_short(partial)}, which is not supported")
-    theta = number(document, "rope_theta", where, default=_DEFAULT_THETA)
-    return number(scaling, "rope_theta", where, default=theta), checked_rope_scaling(scaling, where)
+    theta = positive(document, "rope_theta", where, default=_DEFAULT_THETA)
+    return positive(scaling, "rope_theta", where, default=theta), checked_rope_scaling(scaling, where)
 
 
 def _sliding_window(

@@ -30,6 +30,30 @@ def regular_file_size(path: Path) -> int:
     return status.st_size
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, reached through a symbolic link or not.
+
+    Raises:
+        InputError: that cannot be found out.
+    """
+    try:
+        return path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be opened ({_reason(error)})") from error
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Everything in a folder, sorted.
+
+    Raises:
+        InputError: it cannot be listed.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({_reason(error)})") from error
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Parse a JSON object of bounded size, with every key at most once.
 

@@ -47,6 +47,12 @@ _U64 = _SCALARS[10]
 _MIN_KEY_VALUE_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
+# Far above any model's, and low enough that a hostile file costs seconds and megabytes only.
+_MAX_KEY_VALUES = 2**16
+_MAX_TENSORS = 2**18
+_MAX_ARRAY_LENGTH = 2**22
+_MAX_STRING_BYTES = 2**26
+
 
 class Strings(Sequence[str]):
     """An array of strings that are decoded when they are asked for.
@@ -172,8 +178,8 @@ class _Reader:
             if swapped in _VERSIONS:
                 self._fail("is big-endian, which is not supported")
             self._fail(f"is GGUF version {version}; expected one of {', '.join(map(str, _VERSIONS))}")
-        n_tensors = self._count("tensor count", _MIN_TENSOR_BYTES)
-        n_keys = self._count("key-value count", _MIN_KEY_VALUE_BYTES)
+        n_tensors = self._count("tensor count", _MIN_TENSOR_BYTES, _MAX_TENSORS)
+        n_keys = self._count("key-value count", _MIN_KEY_VALUE_BYTES, _MAX_KEY_VALUES)
         metadata: dict[str, Any] = {}
         for number in range(n_keys):
             key = self._string(f"key {number} of {n_keys}")
@@ -202,13 +208,13 @@ class _Reader:
     def _array(self, key: str) -> Any:
         kind = self._scalar(_U32, f"element type of {key}")
         if kind == _STRING:
-            return self._strings(key, self._count(f"length of {key}", 8))
+            return self._strings(key, self._count(f"length of {key}", 8, _MAX_ARRAY_LENGTH))
         if kind == _ARRAY:
             self._fail(f"{_short(key)} is an array of arrays, which is not supported")
         if kind not in _SCALARS:
             self._fail(f"{_short(key)} has elements of the unknown type {kind}")
         form = _SCALARS[kind]
-        length = self._count(f"length of {key}", form.size)
+        length = self._count(f"length of {key}", form.size, _MAX_ARRAY_LENGTH)
         start = self._take(length * form.size, key)
         values = np.frombuffer(self._data[start : self._position], dtype=form.format)
         if kind == _BOOL:
@@ -305,16 +311,20 @@ class _Reader:
             self._fail(f"{_short(what)} is {value}; expected a truth value, 0 or 1")
         return bool(value)
 
-    def _count(self, what: str, min_bytes: int) -> int:
-        """A count of things of which each takes at least `min_bytes` of what is left of the file."""
+    def _count(self, what: str, min_bytes: int, most: int) -> int:
+        """A count, at most `most`, of things that each take `min_bytes` or more of the rest of the file."""
         count = self._scalar(_U64, what)
         left = self._size - self._position
         if count > left // min_bytes:
             self._fail(f"{_short(what)} is {count}, but only {left} bytes follow")
+        if count > most:
+            self._fail(f"{_short(what)} is {count}; expected at most {most}")
         return int(count)
 
     def _string(self, what: str) -> str:
         length = self._scalar(_U64, f"length of {what}")
+        if length > min(_MAX_STRING_BYTES, self._size - self._position):
+            self._fail(f"{_short(what)} has a length of {length} bytes, in a file of {self._size}")
         start = self._take(length, what)
         try:
             return self._data[start : self._position].decode("utf-8")

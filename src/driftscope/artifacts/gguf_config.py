@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from driftscope.artifacts.config import (
     checked,
     checked_rope_scaling,
     count,
+    epsilon,
     number,
+    positive,
     unsupported_architecture,
 )
 from driftscope.artifacts.gguf import GgufTensor
@@ -21,6 +23,7 @@ from driftscope.artifacts.names import GGUF_ARCHITECTURES
 from driftscope.errors import InputError
 
 _DEFAULT_THETA = 10000.0
+_MAX_F32 = float(np.finfo(np.float32).max)
 
 # Keys, without their architecture, that change the forward pass in a way that is not implemented, with
 # the values that do not.
@@ -98,8 +101,8 @@ def config_from_gguf(
             intermediate_size=keys.count("feed_forward_length"),
             vocab_size=_vocab_size(keys, tensors),
             context_length=keys.count("context_length"),
-            rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-            rope_theta=keys.number("rope.freq_base", default=_DEFAULT_THETA),
+            rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", check=epsilon),
+            rope_theta=keys.number("rope.freq_base", default=_DEFAULT_THETA, check=positive),
             rope_scaling=_rope_scaling(keys),
             attention_bias=architecture == "qwen2",
             qk_norm=architecture == "qwen3",
@@ -132,15 +135,23 @@ class _Keys:
         full = f"{self.architecture}.{key}"
         return count({full: self.get(key)}, full, self.where, default=default)
 
-    def number(self, key: str, *, default: float | None = None) -> float:
+    def number(
+        self, key: str, *, default: float | None = None, check: Callable[..., float] = number
+    ) -> float:
         """A number; one stored as f32 is given as the shortest decimal that rounds to it.
 
         0.00001 is then the same number here and in config.json.
+
+        Args:
+            key: without the architecture.
+            default: for a missing key; None makes the key mandatory.
+            check: `number`, `positive` or `epsilon`.
         """
         full = f"{self.architecture}.{key}"
-        value = number({full: self.get(key)}, full, self.where, default=default)
-        short = float(str(np.float32(value))) if abs(value) < float(np.finfo(np.float32).max) else value
-        return short if np.float32(value) == value else value
+        value = check({full: self.get(key)}, full, self.where, default=default)
+        if abs(value) > _MAX_F32 or float(np.float32(value)) != value:
+            return value
+        return float(str(np.float32(value)))
 
 
 def _vocab_size(keys: _Keys, tensors: Mapping[str, GgufTensor]) -> int:

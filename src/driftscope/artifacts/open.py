@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from driftscope.artifacts.config import config_from_hf
-from driftscope.artifacts.files import read_json_object, regular_file_size
+from driftscope.artifacts.files import is_folder, list_folder, read_json_object, regular_file_size
 from driftscope.artifacts.gguf import MAGIC, read_gguf
 from driftscope.artifacts.gguf_config import config_from_gguf
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import (
     GGUF_ARCHITECTURES,
     INTERLEAVED_ARCHITECTURES,
+    ROPE_FREQS,
     canonical_order,
     from_gguf,
     is_canonical,
     layer_of,
 )
+from driftscope.artifacts.rope_factors import scaling_of_factors
 from driftscope.artifacts.safetensors import (
     FLOAT_BYTES,
     INDEX,
@@ -45,7 +48,7 @@ def open_artifact(path: Path | str) -> Artifact:
         InputError: missing, of an unknown kind or architecture, truncated, or inconsistent.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         return _open_folder(path)
     if regular_file_size(path) >= len(MAGIC):
         try:
@@ -58,8 +61,8 @@ def open_artifact(path: Path | str) -> Artifact:
     if path.suffix == ".safetensors":
         return _open_safetensors(path, read_safetensors(path), (), (path,))
     raise InputError(
-        f"{path}: neither a GGUF file nor a safetensors file (it starts neither with {MAGIC!r} "
-        "nor ends in .safetensors)"
+        f"{path}: neither a GGUF file (it does not start with {MAGIC!r}) nor a safetensors file "
+        "(its name does not end in .safetensors)"
     )
 
 
@@ -93,16 +96,21 @@ def _open_gguf(path: Path) -> Artifact:
                 rope_heads=heads,
             )
         )
+    factors = next((tensor for tensor in tensors if tensor.name == ROPE_FREQS), None)
+    if factors is not None:
+        if config.rope_scaling is not None:
+            raise InputError(
+                f"{where}: both {ROPE_FREQS} and a RoPE scaling of kind {config.rope_scaling['rope_type']!r}"
+            )
+        config = replace(config, rope_scaling=scaling_of_factors(factors, config))
     return _artifact(path, "gguf", config, tensors, unmapped, (path,), file.metadata)
 
 
 def _open_folder(folder: Path) -> Artifact:
-    if (folder / INDEX).exists():
+    entries = list_folder(folder)
+    if folder / INDEX in entries:
         return _open_safetensors(folder, *read_sharded(folder))
-    try:
-        files = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
+    files = [file for file in entries if file.suffix == ".safetensors"]
     whole = folder / "model.safetensors"
     if whole in files:
         files = [whole]
@@ -115,7 +123,7 @@ def _open_folder(folder: Path) -> Artifact:
 def _open_safetensors(
     path: Path, stored: dict[str, StoredTensor], unlisted: Iterable[str], files: tuple[Path, ...]
 ) -> Artifact:
-    config_file = (path if path.is_dir() else path.parent) / CONFIG
+    config_file = (path if is_folder(path) else path.parent) / CONFIG
     document = read_json_object(config_file)
     config = config_from_hf(document, str(config_file))
     tensors: list[TensorRef] = []

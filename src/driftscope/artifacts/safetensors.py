@@ -68,7 +68,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         ]
         with safe_open(path, framework="numpy"):
             pass
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: not a usable safetensors file ({error})") from error
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes, tensor.name))
     position = data_offset

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.errors import InputError
+
 
 @dataclass(frozen=True)
 class TensorRef:
@@ -49,8 +51,17 @@ class TensorRef:
         return self.n_elements // self.shape[-1] if self.n_elements else 0
 
     def raw(self) -> NDArray[np.uint8]:
-        """The stored bytes as ``uint8[n_rows, bytes_per_row]``, memory-mapped read-only, in stored row order."""
-        data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
+        """The stored bytes as ``uint8[n_rows, bytes_per_row]``, memory-mapped read-only, in stored row order.
+
+        Raises:
+            InputError: the file is gone or has become shorter since it was opened.
+        """
+        try:
+            data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.file}: {self.name} cannot be read ({error}); did the file change?"
+            ) from error
         return data.reshape(self.n_rows, -1)
 
     def row_order(self) -> NDArray[np.int64] | None:

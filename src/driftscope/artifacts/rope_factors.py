@@ -1,0 +1,76 @@
+"""Llama 3's divisors of the rotary frequencies, which GGUF stores as a tensor and Hugging Face computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.artifacts.model import ModelConfig
+from driftscope.artifacts.tensor import TensorRef
+from driftscope.errors import InputError
+
+# The scaling of a model whose stored divisors follow no known formula. Nothing can compute them from a
+# configuration; the tensor alone says what they are.
+STORED_FACTORS: Mapping[str, Any] = {"rope_type": "stored_factors"}
+
+# All published Llama 3 models share these; only the factor differs (8 or 32).
+_LOW, _HIGH, _ORIGINAL_LENGTH = 1.0, 4.0, 8192
+
+# llama.cpp's converter computes in float32.
+_TOLERANCE = 1e-4
+
+
+def llama3_factors(
+    theta: float, head_dim: int, *, factor: float, low: float, high: float, original_length: int
+) -> NDArray[np.float64]:
+    """Divisors of the rotary frequencies as ``float64[head_dim / 2]`` (Llama 3.1, ``rope_type: llama3``).
+
+    Wavelengths above ``original_length / low`` tokens are divided by `factor`, those below
+    ``original_length / high`` by one, and those between by the interpolation of the two in frequency.
+    """
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original_length / wavelengths - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1.0 / ((1.0 - smooth) / factor + smooth))
+
+
+def scaling_of_factors(tensor: TensorRef, config: ModelConfig) -> Mapping[str, Any] | None:
+    """Hugging Face's ``rope_scaling`` for stored divisors; None where all are one.
+
+    Args:
+        tensor: the stored divisors, ``rope_freqs.weight``.
+        config: gives theta and the head size.
+
+    Raises:
+        InputError: not ``head_dim / 2`` positive float32 numbers.
+    """
+    half = config.head_dim // 2
+    if tensor.dtype != "F32" or tensor.n_elements != half:
+        shape = "x".join(map(str, tensor.shape))
+        raise InputError(
+            f"{tensor.file}: {tensor.stored_name} is {tensor.dtype} {shape}; expected F32 {half}"
+        )
+    factors = tensor.raw().reshape(-1).view("<f4").astype(np.float64)
+    if not np.isfinite(factors).all() or (factors <= 0).any():
+        raise InputError(f"{tensor.file}: {tensor.stored_name} holds values that are not positive numbers")
+    if (factors == 1).all():
+        return None
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": _LOW,
+        "high_freq_factor": _HIGH,
+        "original_max_position_embeddings": _ORIGINAL_LENGTH,
+    }
+    expected = llama3_factors(
+        config.rope_theta,
+        config.head_dim,
+        factor=float(factors.max()),
+        low=_LOW,
+        high=_HIGH,
+        original_length=_ORIGINAL_LENGTH,
+    )
+    return scaling if np.allclose(factors, expected, rtol=_TOLERANCE, atol=0) else STORED_FACTORS
