@@ -122,6 +122,15 @@ def path_b_matmul(rows: NDArray[np.uint8], x: F32) -> F32:
     return total
 
 
+def normalize(y: F32) -> F32:
+    """The step between two links of the chain: divided by the root mean square (floor 1e-9), all in f32."""
+    total = np.float32(0)
+    for value in y:
+        total = total + value * value
+    rms = np.sqrt(total / np.float32(len(y)))
+    return y / np.maximum(rms, np.float32(1e-9))
+
+
 def relative_difference(a: float, b: float) -> float:
     """The published scalar metric: ``|a - b| / max(|a|, 1e-9)``, in f64."""
     return abs(float(a) - float(b)) / max(abs(float(a)), 1e-9)
