@@ -20,6 +20,7 @@ MAX_LAYERS = 4096
 _DEFAULT_EPS = 1e-6
 _DEFAULT_THETA = 10000.0
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
+_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _DEFAULT_WINDOW = {"mistral": 4096}
 
 # Switches that change the forward pass in a way that is not implemented, with the values that do not.
@@ -74,7 +75,7 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
             hidden_size=hidden_size,
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=count(document, "num_key_value_heads", where, default=num_heads),
+            num_kv_heads=_kv_heads(document, architecture, num_heads, where),
             head_dim=head_dim,
             intermediate_size=count(document, "intermediate_size", where),
             vocab_size=count(document, "vocab_size", where),
@@ -215,6 +216,14 @@ def unsupported_architecture(architecture: object, where: str, key: str) -> Inpu
         f"{where}: architecture {_short(architecture)} is not supported; "
         f"expected one of {', '.join(SUPPORTED)}"
     )
+
+
+def _kv_heads(document: Mapping[str, Any], architecture: str, num_heads: int, where: str) -> int:
+    """Key/value heads; null means one for each query head, and a missing key the architecture's default."""
+    default = num_heads
+    if "num_key_value_heads" not in document:
+        default = _DEFAULT_KV_HEADS.get(architecture, num_heads)
+    return count(document, "num_key_value_heads", where, default=default)
 
 
 def _rope(document: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
