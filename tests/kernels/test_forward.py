@@ -192,3 +192,22 @@ def test_an_unknown_kv_type_is_refused() -> None:
     x = normal(0, 1, 2)
     with pytest.raises(ValueError, match="f32, f16"):
         kernels.attention(x, x, x, np.array([0, 1]), n_heads=1, n_kv_heads=1, scale=1.0, kv_type="q4_0")
+
+
+def test_the_layout_in_memory_does_not_matter() -> None:
+    q, k, v = normal(0, 9, 8), normal(1, 9, 8), normal(2, 9, 8)
+    tables = kernels.rope_tables(np.ones(4, dtype=np.float32), 9)
+    options: dict[str, Any] = {"n_heads": 2, "n_kv_heads": 2, "scale": 0.5}
+
+    def results(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
+        return [
+            kernels.rope(q, *tables, np.arange(9)),
+            kernels.rms_norm(q, np.ones(4, dtype=np.float32), 1e-5),
+            kernels.swiglu(q, k),
+            kernels.attention(q, k, v, np.array([0, 9]), **options),
+            kernels.attention_softmax(kernels.attention_scores(q, k, **options), n_heads=2),
+        ]
+
+    strided = results(*(np.asfortranarray(x) for x in (q, k, v)))
+    for found, expected in zip(strided, results(q, k, v), strict=True):
+        assert np.array_equal(found, expected)

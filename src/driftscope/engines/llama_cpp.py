@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,17 @@ class LlamaCppOptions:
             raise InputError(f"llama.cpp: kv_type {self.kv_type!r} is unknown; expected f16 or f32")
 
 
+Observer = Callable[[str, NDArray[np.float32]], None]
+"""Called with the name of a tensor of llama.cpp's graph (``ffn_out-3``) and a view of it, valid during the
+call. One name comes several times where llama.cpp names a tensor and then its views alike."""
+
+
 def logits(
-    path: Path, batch: TokenBatch, options: LlamaCppOptions = LlamaCppOptions()
+    path: Path,
+    batch: TokenBatch,
+    options: LlamaCppOptions = LlamaCppOptions(),
+    *,
+    observer: Observer | None = None,
 ) -> NDArray[np.float32]:
     """Logits of every token.
 
@@ -49,6 +59,7 @@ def logits(
         path: a GGUF file.
         batch: token ids.
         options: how llama.cpp runs.
+        observer: receives every contiguous float32 tensor of the graph as ``float32[rows, columns]``.
 
     Returns:
         ``float32[n_tokens, vocabulary]``.
@@ -57,7 +68,7 @@ def logits(
         InputError: llama-cpp-python is not installed, or llama.cpp refuses the file or the batch.
     """
     api = _api()
-    with _Session(api, path, batch.longest, options) as session:
+    with _Session(api, path, batch.longest, options, observer) as session:
         out = np.empty((batch.n_tokens, session.vocab_size), dtype=np.float32)
         for tokens in batch.slices:
             session.decode(batch.ids[tokens], out[tokens])
@@ -73,7 +84,10 @@ def version() -> dict[str, str]:
 class _Session:
     """A model and a context, freed on exit."""
 
-    def __init__(self, api: Any, path: Path, n_tokens: int, options: LlamaCppOptions) -> None:
+    def __init__(
+        self, api: Any, path: Path, n_tokens: int, options: LlamaCppOptions, observer: Observer | None
+    ) -> None:
+        self._callback = None if observer is None else _eval_callback(api, observer)
         self._api = api
         self._path = path
         self._n_tokens = n_tokens
@@ -100,6 +114,8 @@ class _Session:
         params.type_k = params.type_v = api.GGML_TYPE_F32 if options.kv_type == "f32" else api.GGML_TYPE_F16
         params.offload_kqv = False
         params.no_perf = True
+        if self._callback is not None:
+            params.cb_eval = self._callback
         self._context = api.llama_init_from_model(self._model, params)
         if not self._context:
             api.llama_model_free(self._model)
@@ -131,6 +147,32 @@ class _Session:
             out[:] = np.ctypeslib.as_array(source, shape=out.shape)
         finally:
             api.llama_batch_free(batch)
+
+
+def _eval_callback(api: Any, observer: Observer) -> Any:
+    """Wrap an observer as llama.cpp's evaluation callback, which is asked first and then shown the tensor."""
+    from llama_cpp._ggml import libggml_base_path
+
+    ggml = ctypes.CDLL(str(next(libggml_base_path.glob("*ggml-base.*"))))
+    ggml.ggml_get_name.restype = ctypes.c_char_p
+    ggml.ggml_get_data.restype = ctypes.c_void_p
+    ggml.ggml_nelements.restype = ctypes.c_int64
+    ggml.ggml_is_contiguous.restype = ctypes.c_bool
+
+    def observed(tensor: int, ask: bool, _: int) -> bool:
+        pointer = ctypes.c_void_p(tensor)
+        # ggml_tensor begins with its type; ne[0] follows the buffer pointer.
+        kind = ctypes.c_int32.from_address(tensor).value
+        if kind != api.GGML_TYPE_F32 or not ggml.ggml_is_contiguous(pointer):
+            return not ask
+        if not ask:
+            columns = ctypes.c_int64.from_address(tensor + 16).value
+            data = ctypes.cast(ggml.ggml_get_data(pointer), ctypes.POINTER(ctypes.c_float))
+            shape = (ggml.ggml_nelements(pointer) // max(1, columns), columns)
+            observer(ggml.ggml_get_name(pointer).decode(), np.ctypeslib.as_array(data, shape=shape))
+        return True
+
+    return api.ggml_backend_sched_eval_callback(observed)
 
 
 def _api() -> Any:

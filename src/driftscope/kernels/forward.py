@@ -39,7 +39,7 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
         ``float32`` of the shape of `x`.
     """
     rows = np.ascontiguousarray(x).reshape(-1, weight.shape[0])
-    out = np.empty_like(rows)
+    out = np.empty(rows.shape, dtype=np.float32)
     _rms_norm(rows, weight, float(eps), out)
     return out.reshape(x.shape)
 
@@ -90,7 +90,7 @@ def rope(x: F32, cosine: F32, sine: F32, positions: NDArray[np.int64]) -> F32:
     Returns:
         ``float32`` of the shape of `x`.
     """
-    out = np.empty_like(x)
+    out = np.empty(x.shape, dtype=np.float32)
     _rope(np.ascontiguousarray(x), cosine, sine, positions, out)
     return out
 
@@ -111,7 +111,7 @@ def _rope(x, cosine, sine, positions, out):  # type: ignore[no-untyped-def]
 def silu(gate: F32) -> F32:
     """``x / (1 + exp(-x))`` elementwise, in float64, rounded once."""
     flat = np.ascontiguousarray(gate).reshape(-1)
-    out = np.empty_like(flat)
+    out = np.empty(flat.shape, dtype=np.float32)
     _silu(flat, out)
     return out.reshape(gate.shape)
 
@@ -165,7 +165,8 @@ def attention(
     _check_kv_type(kv_type)
     if kv_type == "f16":
         q, k, v = to_f16(q), to_f16(k), to_f16(v)
-    out = np.empty_like(q)
+    q, k, v = np.ascontiguousarray(q), np.ascontiguousarray(k), np.ascontiguousarray(v)
+    out = np.empty(q.shape, dtype=np.float32)
     _attention(q, k, v, starts, n_heads, n_kv_heads, np.float32(scale), window or 0, kv_type == "f16", out)
     return out
 
@@ -189,6 +190,7 @@ def attention_scores(
     _check_kv_type(kv_type)
     if kv_type == "f16":
         q, k = to_f16(q), to_f16(k)
+    q, k = np.ascontiguousarray(q), np.ascontiguousarray(k)
     out = np.empty((q.shape[0], n_heads * q.shape[0]), dtype=np.float32)
     _scores(q, k, n_heads, n_kv_heads, np.float32(scale), out)
     return out
@@ -206,8 +208,8 @@ def attention_softmax(scores: F32, *, n_heads: int, window: int | None = None) -
         ``float32[t, n_heads * t]``, zero where masked. With ``kv_type="f16"`` it is rounded to float16 only
         where it meets the values.
     """
-    out = np.zeros_like(scores)
-    _softmax(scores, n_heads, window or 0, out)
+    out = np.zeros(scores.shape, dtype=np.float32)
+    _softmax(np.ascontiguousarray(scores), n_heads, window or 0, out)
     return out
 
 

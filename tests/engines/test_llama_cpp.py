@@ -1,0 +1,231 @@
+"""Our ops and the ``int8-dot`` path against llama.cpp on the same GGUF file.
+
+Op by op, from llama.cpp's own inputs, the two agree to rounding. Whole passes cannot: one activation that
+rounds to the other side of a step is an error of a step, so any difference in the last bit grows within a few
+layers to the size of the quantization noise itself. How far llama.cpp is from itself with another
+type of key-value cache is the yardstick for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driftscope.artifacts.chat import render_chat
+from driftscope.artifacts.derive.candidate import write_candidate
+from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.open import open_artifact
+from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.engines import llama_cpp as engine
+from driftscope.errors import InputError
+from driftscope.forward.architecture import site_shape, site_tensor
+from driftscope.forward.batch import TokenBatch
+from driftscope.forward.model import ForwardPass
+from driftscope.forward.policy import WHOLE_MODEL, Choice, Policy
+from driftscope.forward.rotary import rope_frequencies
+from driftscope.forward.taps import Collector
+from driftscope.forward.weights import Weights
+from driftscope.kernels import forward as kernels
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+LAYERS = (0, 7, 29)
+INT8, F32 = Choice("candidate", "int8-dot"), Choice("candidate", "f32")
+TEXT = (
+    "The lighthouse keeper climbed the stairs every evening to light the lamp, and every morning he came "
+    "down to write the weather into a book that nobody read. On the third of March the lamp went out."
+)
+
+
+@pytest.fixture(scope="module", params=["Q4_1", "Q4_K_M"])
+def candidate(
+    request: pytest.FixtureRequest, default_gguf: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    """The default model as it comes, and quantized to Q4_K_M (so q8_0, q8_1, q8_K activations)."""
+    if request.param == "Q4_1":
+        return open_artifact(default_gguf)
+    path = tmp_path_factory.mktemp("candidate") / "model.gguf"
+    write_candidate(open_artifact(default_gguf), path, scheme="Q4_K_M")
+    return open_artifact(path)
+
+
+@pytest.fixture(scope="module")
+def batch(default_gguf: Path) -> TokenBatch:
+    """The default prompts, a chat prompt and a longer text."""
+    source = open_artifact(default_gguf)
+    tokenizer = load_tokenizer(source)
+    chat = render_chat(
+        source.metadata["tokenizer.chat_template"],
+        [{"role": "user", "content": "What is 2+2?"}],
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+    )
+    texts = ("What is 2+2?", "Hello, my name is", "def fibonacci(n):", chat, TEXT)
+    return TokenBatch.of([tokenizer.encode(text) for text in texts])
+
+
+def nmse(found: np.ndarray, expected: np.ndarray) -> float:
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    return float(np.square(a - b).sum() / np.square(a).sum())
+
+
+def kl(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """KL(a || b) of the next-token distributions at every position, in nats."""
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        values = logits.astype(np.float64)
+        values -= values.max(axis=1, keepdims=True)
+        result: np.ndarray = values - np.log(np.exp(values).sum(axis=1, keepdims=True))
+        return result
+
+    p, q = log_softmax(a), log_softmax(b)
+    result: np.ndarray = (np.exp(p) * (p - q)).sum(axis=1)
+    return result
+
+
+def traced(path: Path, batch: TokenBatch, kv_type: str = "f32") -> dict[str, list[np.ndarray]]:
+    """Every tensor of llama.cpp's graph for the last sequence of the batch."""
+    found: dict[str, list[np.ndarray]] = defaultdict(list)
+    engine.logits(
+        path,
+        TokenBatch.of([batch.ids[batch.slices[-1]].tolist()]),
+        engine.LlamaCppOptions(kv_type=kv_type),
+        observer=lambda name, array: found[name].append(array.copy()),
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def trace(candidate: Artifact, batch: TokenBatch) -> dict[str, list[np.ndarray]]:
+    return traced(candidate.path, batch)
+
+
+def test_every_matmul_is_llama_cpps(candidate: Artifact, trace: dict[str, list[np.ndarray]]) -> None:
+    """From llama.cpp's own input; the f32 path, for comparison, is off by the activation's rounding."""
+    weights = Weights(candidate)
+    inputs = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "o": "kqv_out"}
+    inputs |= {"gate": "ffn_norm", "up": "ffn_norm", "down": "ffn_swiglu"}
+    outputs = {"q": "Qcur", "k": "Kcur", "v": "Vcur", "o": "attn_out"}
+    outputs |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_out"}
+    for layer in LAYERS:
+        for site, source in inputs.items():
+            name, shape = site_tensor(candidate.config, layer, site), site_shape(candidate.config, site)
+            x, expected = trace[f"{source}-{layer}"][0], trace[f"{outputs[site]}-{layer}"][0]
+            order = candidate.tensors[name].row_order()
+            if order is not None:
+                expected = expected[:, order]
+            error = nmse(weights.matmul(x, name, shape, INT8), expected)
+            assert error <= 1e-12, (layer, site, error)
+            assert error * 1e4 <= nmse(weights.matmul(x, name, shape, F32), expected), (layer, site, error)
+    name = site_tensor(candidate.config, WHOLE_MODEL, "lm_head")
+    shape = site_shape(candidate.config, "lm_head")
+    found = weights.matmul(trace["result_norm"][0], name, shape, INT8)
+    assert nmse(found, trace["result_output"][0]) <= 1e-12
+
+
+def test_what_is_between_the_matmuls_is_llama_cpps(
+    candidate: Artifact, batch: TokenBatch, trace: dict[str, list[np.ndarray]]
+) -> None:
+    config = candidate.config
+    heads = {"n_heads": config.num_heads, "n_kv_heads": config.num_kv_heads}
+    half = traced(candidate.path, batch, "f16")
+    tokens = batch.slices[-1].stop - batch.slices[-1].start
+    tables = kernels.rope_tables(rope_frequencies(config), tokens)
+    for layer in LAYERS:
+        weight = Weights(candidate).vector(f"model.layers.{layer}.input_layernorm.weight", config.hidden_size)
+        before = trace["embd"][0] if layer == 0 else trace[f"l_out-{layer - 1}"][0]
+        found = kernels.rms_norm(before, weight, config.rms_norm_eps)
+        assert nmse(found, trace[f"attn_norm-{layer}"][0]) <= 1e-13
+        for site, name in (("q", "Qcur"), ("k", "Kcur")):
+            order = candidate.tensors[site_tensor(config, layer, site)].row_order()
+            assert order is not None
+            flat, *_, turned = trace[f"{name}-{layer}"]
+            found = kernels.rope(flat[:, order], *tables, np.arange(tokens))
+            # llama.cpp multiplies its way up the frequencies, which costs it a few float32 steps.
+            assert nmse(found, turned.reshape(flat.shape)[:, order]) <= 1e-11
+        for kv_type, recorded, bound in (("f32", trace, 1e-12), ("f16", half, 1e-7)):
+            # In whichever order the channels are: q and k have the same.
+            q, k = (recorded[f"{name}-{layer}"][-1].reshape(tokens, -1) for name in ("Qcur", "Kcur"))
+            v = recorded[f"Vcur-{layer}"][0]
+            found = kernels.attention(
+                q, k, v, np.array([0, tokens]), scale=config.head_dim**-0.5, kv_type=kv_type, **heads
+            )
+            assert nmse(found, recorded[f"kqv_out-{layer}"][0]) <= bound
+            if kv_type == "f16":
+                plain = kernels.attention(
+                    q, k, v, np.array([0, tokens]), scale=config.head_dim**-0.5, **heads
+                )
+                assert nmse(plain, recorded[f"kqv_out-{layer}"][0]) > 2 * nmse(
+                    found, recorded[f"kqv_out-{layer}"][0]
+                )
+        found = kernels.swiglu(trace[f"ffn_gate-{layer}"][0], trace[f"ffn_up-{layer}"][0])
+        assert nmse(found, trace[f"ffn_swiglu-{layer}"][0]) <= 1e-13
+
+
+def test_the_int8_path_starts_out_much_nearer_than_the_f32_path(
+    candidate: Artifact, batch: TokenBatch, trace: dict[str, list[np.ndarray]]
+) -> None:
+    last = TokenBatch.of([batch.ids[batch.slices[-1]].tolist()])
+    errors = {}
+    for choice in (INT8, F32):
+        tap = Collector(lambda name: name == "layers.0.post_attn_residual")
+        forward = ForwardPass({"candidate": candidate}, Policy(choice))
+        forward.run_layers(forward.embed(last), last, [0], tap)
+        errors[choice.path] = nmse(tap.arrays["layers.0.post_attn_residual"], trace["ffn_inp-0"][0])
+    assert errors["int8-dot"] * 5 <= errors["f32"]
+
+
+def test_whole_passes(candidate: Artifact, batch: TokenBatch, record_property: pytest.RecordProperty) -> None:
+    """The same greedy token for every prompt, and no farther from llama.cpp than llama.cpp is from itself."""
+    half = engine.logits(candidate.path, batch, engine.LlamaCppOptions(kv_type="f16"))
+    full = engine.logits(candidate.path, batch, engine.LlamaCppOptions(kv_type="f32"))
+    policy = Policy(INT8)
+    ours = {
+        "f32": ForwardPass({"candidate": candidate}, policy).run(batch),
+        "f16": ForwardPass({"candidate": candidate}, dataclasses.replace(policy, kv_type="f16")).run(batch),
+    }
+    lasts = [tokens.stop - 1 for tokens in batch.slices]
+    itself = kl(half, full)
+    record_property("kl_llama_f16_llama_f32", itself.tolist())
+    for kv_type, theirs in (("f16", half), ("f32", full)):
+        divergence = kl(theirs, ours[kv_type])
+        record_property(f"kl_llama_int8_{kv_type}", divergence.tolist())
+        assert np.array_equal(theirs[lasts].argmax(axis=1), ours[kv_type][lasts].argmax(axis=1))
+        assert divergence.mean() <= 1.5 * itself.mean() <= 0.02
+        assert (theirs.argmax(axis=1) == ours[kv_type].argmax(axis=1)).mean() >= 0.93
+
+
+def test_options_reach_llama_cpp(default_gguf: Path, batch: TokenBatch) -> None:
+    short = TokenBatch.of([batch.ids[batch.slices[0]].tolist()])
+    plain = engine.logits(default_gguf, short)
+    assert np.array_equal(plain, engine.logits(default_gguf, short))
+    flash = engine.logits(default_gguf, short, engine.LlamaCppOptions(flash_attention=True))
+    assert 0 < nmse(flash, plain) < 0.01
+
+
+def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF nonsense")
+    with pytest.raises(InputError, match=r"model\.gguf: llama\.cpp cannot load the file"):
+        engine.logits(tmp_path / "model.gguf", TokenBatch.of([[1]]))
+
+
+def test_an_unknown_kv_type_is_refused() -> None:
+    with pytest.raises(InputError, match="'q4_0' is unknown; expected f16 or f32"):
+        engine.LlamaCppOptions(kv_type="q4_0")
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(InputError, match=r"pip install 'driftscope\[llama-cpp\]'"):
+        engine.version()
+
+
+def test_the_version_says_how_it_was_built() -> None:
+    version = engine.version()
+    assert version["llama-cpp-python"][0].isdigit()
+    assert "CPU" in version["system"]
