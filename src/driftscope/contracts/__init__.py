@@ -1,0 +1,1 @@
+"""Contracts: registered hypotheses, gates and published figures, and how they are judged."""

@@ -1,0 +1,1 @@
+"""One small module a hypothesis: it measures, and knows no threshold."""
