@@ -244,6 +244,9 @@ FALSIFIERS = [
         " the interval leaves out 1. A cross-scope ratio is refused.",
         "would_change": "Ratios within 10 % of 1 in every layer, over at least two prompts.",
         "figures": {"ratio_max": 17.4, "layers_outside": 24},
+        "controls": {"same-scope": {"as_required": True}, "shuffled": {"as_required": False}},
+        "regimes": {"short": {}, "long": {}},
+        "domain": {"samples": 120, "holds": 96, "fails": 24},
     },
     {
         "id": "super-block",

@@ -110,6 +110,11 @@ def test_the_page_shows_every_falsifier_gate_and_digest(html: str, report: dict[
         assert model["files"][0]["sha256"] in text
 
 
+def test_a_falsifier_shows_what_kept_it_honest(html: str) -> None:
+    said = "1 of 2 controls as required (not shuffled); 2 regimes; over 120 samples of the domain 96 hold, 24 do not"
+    assert said in Page(html).text
+
+
 def test_ids_are_unique_and_pictures_are_named(html: str) -> None:
     page = Page(html)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]

@@ -143,7 +143,7 @@ def _judged(items: Sequence[Document] | None, name: str, asked: str, reason: str
                 **fields,
             }
         )
-    return sorted(judged, key=lambda item: str(item["id"]))
+    return sorted(judged, key=lambda item: (str(item.get("contract", "")), str(item["id"])))
 
 
 def _gates(gates: Sequence[Document] | None) -> list[dict[str, Any]]:
@@ -154,4 +154,4 @@ def _gates(gates: Sequence[Document] | None) -> list[dict[str, Any]]:
         fields = plain(gate)
         status = fields.pop("status", None) or fields.get("verdict")
         judged.append({"id": fields.pop("id"), "status": status, **fields})
-    return sorted(judged, key=lambda gate: str(gate["id"]))
+    return sorted(judged, key=lambda gate: (str(gate.get("contract", "")), str(gate["id"])))

@@ -82,6 +82,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         place=_place,
         words=lambda status: _WORDS.get(status, str(status).replace("-", " ")),
         breakable=_breakable,
+        safeguards=safeguards,
         arrow=_pair_words,
     )
     environment.globals.update(
@@ -113,6 +114,25 @@ def render_html(report: Mapping[str, Any]) -> str:
 def chip_kind(status: str) -> str:
     """Return the kind of chip that a status or verdict gets; its word is always written out too."""
     return next((kind for kind, statuses in _CHIPS.items() if status in statuses), "none")
+
+
+def safeguards(item: Mapping[str, Any]) -> str:
+    """Say what kept a test honest: its controls, its regimes, and that its predicate is not constant."""
+    said = []
+    controls = item.get("controls")
+    if isinstance(controls, Mapping) and controls:
+        kept = [name for name, control in controls.items() if control.get("as_required")]
+        broken = [name for name in controls if name not in kept]
+        said.append(f"{len(kept)} of {text.counted(len(controls), 'control')} as required")
+        if broken:
+            said[-1] += f" (not {text.listed(broken)})"
+    if isinstance(item.get("regimes"), Mapping) and item["regimes"]:
+        said.append(text.counted(len(item["regimes"]), "regime"))
+    domain = item.get("domain")
+    if isinstance(domain, Mapping) and domain.get("samples"):
+        held = f"{text.count(domain.get('holds', 0))} hold, {text.count(domain.get('fails', 0))} do not"
+        said.append(f"over {text.counted(domain['samples'], 'sample')} of the domain {held}")
+    return "; ".join(said)
 
 
 def _lead(verdict: Mapping[str, Any]) -> str:
