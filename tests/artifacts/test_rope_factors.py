@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.helpers.tiny_gguf import HEAD_DIM, tiny_tensors, write_gguf
+from tests.helpers.tiny_gguf import HEAD_DIM, add_hyperparameters, tiny_tensors, write_gguf
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from driftscope.artifacts.derive.candidate import write_candidate
+from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.names import ROPE_FREQS
 from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.rope_factors import STORED_FACTORS, llama3_factors
@@ -56,6 +58,31 @@ def test_scaling_is_recovered_from_a_gguf_file(tmp_path: Path) -> None:
     assert artifact.config.rope_scaling == scaling(8.0)
     assert artifact.unmapped == ()
     assert list(artifact.tensors)[-1] == ROPE_FREQS
+
+
+def test_copies_carry_the_scaling(tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        "llama",
+        tiny_tensors("llama") | {ROPE_FREQS: factors_of_transformers(10000.0, HEAD_DIM, 8.0)},
+        keys=lambda writer: add_hyperparameters(writer, vocabulary=False),
+    )
+    source = open_artifact(path)
+    write_teacher(source, tmp_path / "teacher")
+    teacher = open_artifact(tmp_path / "teacher")
+    assert teacher.config == source.config
+    assert ROPE_FREQS not in teacher.tensors
+    write_candidate(teacher, tmp_path / "copy.gguf", scheme="F32")
+    copy = open_artifact(tmp_path / "copy.gguf")
+    assert copy.config == source.config
+    factors, expected = (a.tensors[ROPE_FREQS].raw().view(np.float32) for a in (copy, source))
+    np.testing.assert_allclose(factors, expected, rtol=1e-6)
+
+
+def test_other_factors_are_not_copied(tmp_path: Path) -> None:
+    source = open_artifact(stored(tmp_path / "m.gguf", np.linspace(1, 3, HEAD_DIM // 2, dtype=np.float32)))
+    with pytest.raises(InputError, match="follow no known RoPE scaling"):
+        write_teacher(source, tmp_path / "teacher")
 
 
 def test_factors_of_one_change_nothing(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def tiny_tensors(architecture: str, *, tied: bool = False, seed: int = 0) -> dic
     return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
-def add_hyperparameters(writer: gguf.GGUFWriter) -> None:
-    """The keys that every architecture needs."""
+def add_hyperparameters(writer: gguf.GGUFWriter, *, vocabulary: bool = True) -> None:
+    """The keys that every architecture needs, with or without a vocabulary."""
     writer.add_block_count(LAYERS)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
@@ -51,10 +51,11 @@ def add_hyperparameters(writer: gguf.GGUFWriter) -> None:
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_token_list([f"token {i} é" for i in range(VOCAB)])
-    writer.add_token_scores([0.25 * i for i in range(VOCAB)])
-    writer.add_bool("tokenizer.ggml.add_bos_token", True)
     writer.add_array("general.languages", ["en", "fr"])
+    if vocabulary:
+        writer.add_token_list([f"token {i} é" for i in range(VOCAB)])
+        writer.add_token_scores([0.25 * i for i in range(VOCAB)])
+        writer.add_bool("tokenizer.ggml.add_bos_token", True)
 
 
 def write_gguf(

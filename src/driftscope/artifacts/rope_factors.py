@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.artifacts.model import ModelConfig
+from driftscope.artifacts.model import Artifact, ModelConfig
+from driftscope.artifacts.names import ROPE_FREQS
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.errors import InputError
 
@@ -35,6 +37,20 @@ def llama3_factors(
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original_length / wavelengths - low) / (high - low), 0.0, 1.0)
     return np.asarray(1.0 / ((1.0 - smooth) / factor + smooth))
+
+
+def without_stored_factors(artifact: Artifact) -> Artifact:
+    """The artifact without the tensor of divisors, where its configuration says the same.
+
+    Raises:
+        InputError: only the tensor says what the divisors are, so that a copy would lose them.
+    """
+    if artifact.config.rope_scaling == STORED_FACTORS:
+        raise InputError(
+            f"{artifact.path}: the divisors in {ROPE_FREQS} follow no known RoPE scaling and cannot be copied"
+        )
+    tensors = {name: tensor for name, tensor in artifact.tensors.items() if name != ROPE_FREQS}
+    return replace(artifact, tensors=tensors)
 
 
 def scaling_of_factors(tensor: TensorRef, config: ModelConfig) -> Mapping[str, Any] | None:

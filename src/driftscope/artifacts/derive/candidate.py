@@ -22,6 +22,7 @@ from driftscope.artifacts.derive.recipe import scheme as look_up
 from driftscope.artifacts.derive.recipe import tensor_formats
 from driftscope.artifacts.derive.rows import slabs
 from driftscope.artifacts.model import Artifact, ModelConfig
+from driftscope.artifacts.rope_factors import without_stored_factors
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder
 from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_folder, vocabulary_from_gguf
@@ -57,6 +58,7 @@ def write_candidate(
             not finite or that the format cannot hold, or no space on the disk.
     """
     chosen = look_up(scheme)
+    teacher = without_stored_factors(teacher)
     architecture = gguf_architecture(teacher)
     names = _gguf_names(teacher, architecture)
     factors = rope_frequency_factors(teacher.config)

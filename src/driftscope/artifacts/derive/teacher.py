@@ -16,6 +16,7 @@ from driftscope.artifacts.derive.hf_config import hf_config
 from driftscope.artifacts.derive.rows import slabs
 from driftscope.artifacts.derive.safetensors_file import SafetensorsWriter
 from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.rope_factors import without_stored_factors
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder, tokenizer_from_vocabulary
 from driftscope.artifacts.vocabulary import PRE_NAME_KEY, Vocabulary, vocabulary_from_gguf
@@ -65,6 +66,7 @@ def write_teacher(
         raise InputError(f"teacher: dtype {dtype!r} is not supported; expected one of {', '.join(_BYTES)}")
     if max_shard_bytes < 1:
         raise InputError(f"teacher: max_shard_bytes is {max_shard_bytes}; expected a positive number")
+    source = without_stored_factors(source)
     vocabulary = _vocabulary(source)
     shards = _shards(source, dtype, max_shard_bytes)
     total = sum(tensor.n_elements for tensor in source.tensors.values()) * _BYTES[dtype]
