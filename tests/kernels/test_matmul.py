@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.test_activations import as_bytes
 
 from driftscope.errors import InputError
+from driftscope.kernels.activations import QuantizedActivation, quantize_activation
 from driftscope.kernels.dequantize import dequantize
 from driftscope.kernels.formats import FORMATS
-from driftscope.kernels.matmul import matmul_f32, matmul_f32_quantized
+from driftscope.kernels.matmul import matmul_f32, matmul_f32_quantized, matmul_quantized
 from driftscope.kernels.reference import matmul as reference
 
 BLOCKS = [name for name, layout in FORMATS.items() if layout.is_integer]
@@ -115,3 +119,98 @@ def test_shapes_that_do_not_fit() -> None:
 def test_no_rows() -> None:
     assert matmul_f32(gaussian(0, 0, 8), gaussian(0, 2, 8)).shape == (0, 2)
     assert matmul_f32(gaussian(0, 2, 8), gaussian(0, 0, 8)).shape == (2, 0)
+
+
+INTEGER = ["q8_0", "q8_1", "q8_0_ref", "q8_1_ref", "q8_K", "apr_q8k"]
+
+
+@pytest.mark.parametrize("activation", INTEGER)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_quantized_equals_reference(name: str, activation: str) -> None:
+    """Every weight format with every activation format, bit for bit."""
+    raw, x = random_rows(name, 7, 768), gaussian(2, 19, 768)
+    x[3, 100] = 80
+    ours = matmul_quantized(x, raw, name, activation=activation)
+    np.testing.assert_array_equal(bits(ours), bits(reference.matmul_quantized(x, raw, name, activation)))
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "Q8_K"])
+def test_quantized_equals_ggml_up_to_accumulation(name: str, ggml_cpu) -> None:
+    """Against ggml's dot product of the same blocks: the integers are exact, the f32 sums are in another order."""
+    layout = FORMATS[name]
+    raw, x = random_rows(name, 24, 1536), gaussian(2, 6, 1536)
+    activation = quantize_activation(x, layout.activation)
+    assert isinstance(activation, QuantizedActivation)
+    blocks = np.ascontiguousarray(as_bytes(activation).reshape(6, -1))
+    function = getattr(ggml_cpu, f"ggml_vec_dot_{name.lower().replace('_k', '_K')}_{layout.activation}")
+    theirs = np.empty((6, 24), np.float32)
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    for t in range(6):
+        for r in range(24):
+            out = ctypes.c_float()
+            # fmt: off
+            function(
+                ctypes.c_int(1536), ctypes.byref(out), size(0), pointer(raw[r].ctypes.data), size(0),
+                pointer(blocks[t].ctypes.data), size(0), ctypes.c_int(1),
+            )
+            # fmt: on
+            theirs[t, r] = out.value
+    ours = matmul_quantized(x, raw, name)
+    # Each of about 3 x 48 roundings is at most 2^-24 of the terms that it rounds.
+    terms = np.abs(activation.dequantize()) @ np.abs(dequantize(raw, name)).T.astype(float)
+    assert np.max(np.abs(ours.astype(float) - theirs) / terms) <= 1e-6
+
+
+def test_quantized_bits_do_not_depend_on_batch_or_threads() -> None:
+    raw, x = random_rows("Q4_K", 300, 1024), gaussian(2, 37, 1024)
+    whole = bits(matmul_quantized(x, raw, "Q4_K"))
+    np.testing.assert_array_equal(whole, bits(matmul_quantized(x, raw, "Q4_K", threads=3)))
+    for n in (1, 3, 16, 17):
+        np.testing.assert_array_equal(whole[:n], bits(matmul_quantized(x[:n], raw, "Q4_K")))
+    np.testing.assert_array_equal(whole[20:21, 5:90], bits(matmul_quantized(x[20:21], raw[5:90], "Q4_K")))
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K"])
+def test_quantized_extremes_stay_exact(name: str) -> None:
+    """The largest integers that a block can hold, all of one sign."""
+    raw, x = random_rows(name, 4, 512), np.full((2, 512), 5.0, np.float32)
+    blocks = raw.reshape(-1, FORMATS[name].block_bytes)
+    if name == "Q6_K":
+        blocks[:, :192] = 0
+        blocks[:, 192:208] = 128
+    else:
+        blocks[:, 4:] = 255
+    activation = FORMATS[name].activation
+    expected = reference.matmul_quantized(x, raw, name, activation)
+    np.testing.assert_array_equal(bits(matmul_quantized(x, raw, name)), bits(expected))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("F16", np.float16), ("F32", np.float32)])
+def test_float_weights_round_the_activation_as_ggml(name: str, dtype: type) -> None:
+    w, x = gaussian(0, 9, 96).astype(dtype), gaussian(1, 5, 96)
+    ours = matmul_quantized(x, w.view(np.uint8), name)
+    rounded = x.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(bits(ours), bits(matmul_f32(rounded, w.astype(np.float32))))
+
+
+def test_float_activation_is_path_a() -> None:
+    raw, x = random_rows("Q5_0", 9, 96), gaussian(1, 5, 96)
+    ours = matmul_quantized(x, raw, "Q5_0", activation="none")
+    np.testing.assert_array_equal(bits(ours), bits(matmul_f32_quantized(x, raw, "Q5_0")))
+
+
+def test_no_integer_product() -> None:
+    with pytest.raises(InputError, match="TQ2_0"):
+        matmul_quantized(gaussian(0, 1, 256), np.zeros((1, 66), np.uint8), "TQ2_0")
+    with pytest.raises(InputError, match="F32"):
+        matmul_quantized(gaussian(0, 1, 32), np.zeros((1, 128), np.uint8), "F32", activation="q8_0")
+    with pytest.raises(InputError, match="multiple of 256"):
+        matmul_quantized(gaussian(0, 1, 32), np.zeros((1, 18), np.uint8), "Q4_0", activation="q8_K")
+
+
+def test_published_pair_is_close_to_the_published_order() -> None:
+    from driftscope.kernels.reference import published
+
+    block, x = published.block_bytes()[None, :], published.activation()[None, :]
+    ours = matmul_quantized(x, block, "Q4_K", activation="apr_q8k")[0, 0]
+    assert ours == pytest.approx(float(published.path_b_dot(block[0], x[0])), rel=5e-7)

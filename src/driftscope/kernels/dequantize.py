@@ -11,6 +11,7 @@ from driftscope.kernels.formats import BlockFormat, format_of, row_columns
 from driftscope.kernels.jit import kernel
 from driftscope.kernels.parallel import over_rows
 from driftscope.kernels.unpack import UnpackedRows, check_raw
+from driftscope.kernels.vectors import scale_16, scale_16_add, scale_16_subtract
 
 # Values unpacked at a time: small enough to stay in the second-level cache, large enough that the
 # calls from Python do not matter.
@@ -104,18 +105,14 @@ def _expand_rows(
             b = s // subs_a_block
             scale = d[r, b] * np.float32(scales[r, s])
             shift = dmin[r, b] * np.float32(mins[r, s])
-            start = s * sub_block
-            if offset == 0:
-                for i in range(start, start + sub_block):
-                    out[r, i] = scale * np.float32(quants[r, i])
-            elif offset == 1:
-                for i in range(start, start + sub_block):
-                    out[r, i] = scale * np.float32(quants[r, i]) - shift
-            else:
-                # Where both are NaN, ggml keeps the first; the compiler may swap the operands of a sum.
-                for i in range(start, start + sub_block):
-                    value = scale * np.float32(quants[r, i])
-                    out[r, i] = value + shift if value == value else value
+            for part in range(sub_block // 16):
+                at = r * out.shape[1] + s * sub_block + part * 16
+                if offset == 0:
+                    scale_16(quants, at, scale, shift, out, at)
+                elif offset == 1:
+                    scale_16_subtract(quants, at, scale, shift, out, at)
+                else:
+                    scale_16_add(quants, at, scale, shift, out, at)
 
 
 def _through_gguf(raw: NDArray[np.uint8], layout: BlockFormat) -> NDArray[np.float32]:

@@ -41,7 +41,7 @@ def _simd(blocks: F32) -> tuple[F32, F32]:
 def _portable(blocks: F32) -> tuple[F32, F32]:
     d = _largest(blocks) / np.float32(127)
     inverse = np.where(d != 0, np.float32(1) / d, np.float32(0))
-    return _away(blocks * inverse[..., None]), d
+    return _away(np.asarray(blocks * inverse[..., None], np.float32)), d
 
 
 def _signed(blocks: F32) -> tuple[F32, F32]:
@@ -58,5 +58,6 @@ def _apr(blocks: F32) -> tuple[F32, F32]:
     largest = _largest(blocks)
     one = np.float32(1) / np.float32(127)
     scale = np.where(largest > np.float32(1e-10), largest / np.float32(127), one)
-    scale = scale.astype(np.float32)
-    return np.clip(_away(blocks / scale[..., None]), np.float32(-128), np.float32(127)), scale
+    return np.clip(_away(np.asarray(blocks / scale[..., None], np.float32)), -128, 127).astype(
+        np.float32
+    ), scale.astype(np.float32)
