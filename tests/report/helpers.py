@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from driftscope.analysis.admissibility import TraceMetadata, admissibility
 from driftscope.evidence.schemas import frame_of
 from driftscope.report.evidence import ReportEvidence
 from driftscope.report.topology import LAYER_TAPS, SITES
@@ -121,6 +122,20 @@ def trace_table(path: str, layers: int) -> pl.DataFrame:
                     }
                 )
     return frame_of(rows, "trace")
+
+
+def admissibility_document(traces: dict[str, pl.DataFrame], **digests: str) -> dict[str, Any]:
+    """Check traces as the analysis does; `digests` gives a path (dots as underscores) other token ids."""
+    return admissibility(
+        [
+            TraceMetadata.of_rows(
+                path,
+                {name: digests.get(path.replace(".", "_"), digest(name)) for name in PROMPTS},
+                frame.iter_rows(named=True),
+            )
+            for path, frame in traces.items()
+        ]
+    )
 
 
 def divergence_table(layers: int, random: np.random.Generator, scale: dict[str, float]) -> pl.DataFrame:
@@ -331,6 +346,7 @@ def synthetic_evidence(layers: int = 30, seed: int = 0) -> ReportEvidence:
         }
         for path in PATHS
     }
+    traces = {path: trace_table(path, layers) for path in PATHS}
     return ReportEvidence(
         name="synthetic",
         title="SmolLM2-135M-Instruct, exact teacher against Q4_K_M",
@@ -372,11 +388,13 @@ def synthetic_evidence(layers: int = 30, seed: int = 0) -> ReportEvidence:
             "coverage": {"expected": len(names), "compared": len(names)},
         },
         sweep_summary={
+            "band": {"low": 0.5, "high": 2.0},
             "relations": {
                 name: "identical" if name.endswith("norm.weight") else "quantized-from" for name in names
-            }
+            },
         },
-        traces={path: trace_table(path, layers) for path in PATHS},
+        admissibility=admissibility_document(traces),
+        traces=traces,
         divergence=divergence_table(layers, random, {PAIRS[0]: 4e-3, PAIRS[1]: 2e-5, PAIRS[2]: 4.1e-3}),
         decomposition=decomposition_document(layers, random),
         falsifiers=FALSIFIERS,

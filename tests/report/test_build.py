@@ -99,34 +99,31 @@ def test_different_populations_are_inadmissible() -> None:
     traces["candidate.f32"] = traces["candidate.f32"].with_columns(
         pl.when(at).then(576).otherwise(pl.col("count")).alias("count")
     )
-    evidence["traces"] = traces
+    evidence["admissibility"] = helpers.admissibility_document(traces)
     report = build_report(evidence)
     failing = [check for check in report["admissibility"]["checks"] if check["status"] == "fails"]
-    assert [check["id"] for check in failing] == ["same-population"]
-    assert "count differs at layer 1 ffn_swiglu" in failing[0]["found"]
+    assert [check["id"] for check in failing] == ["same-count"]
     assert report["verdict"]["class"] == "inadmissible"
+    assert "layers.1.ffn_swiglu" in report["verdict"]["summary"]
     assert "KL" not in report["verdict"]["summary"]
 
 
 def test_different_token_ids_are_inadmissible() -> None:
     evidence = helpers.synthetic_evidence(layers=1)
-    headers = copy.deepcopy(dict(evidence["headers"]))
-    headers["trace/candidate.f32.parquet"]["inputs"]["prompts.json"] = helpers.digest("others")
-    evidence["headers"] = headers
+    other = helpers.digest("others")
+    evidence["admissibility"] = helpers.admissibility_document(evidence["traces"], candidate_f32=other)
     report = build_report(evidence)
     assert report["admissibility"]["status"] == "inadmissible"
     assert report["verdict"]["class"] == "inadmissible"
     assert "token ids" in report["verdict"]["summary"]
 
 
-def test_a_missing_tap_is_inadmissible() -> None:
-    evidence = helpers.synthetic_evidence(layers=2)
-    traces = dict(evidence["traces"])
-    traces["candidate.f32"] = traces["candidate.f32"].filter(pl.col("tap") != "ffn_silu")
-    evidence["traces"] = traces
-    check = next(c for c in build_report(evidence)["admissibility"]["checks"] if c["id"] == "same-taps")
-    assert check["status"] == "fails"
-    assert "layer 0 ffn_silu, layer 1 ffn_silu not in candidate.f32" in check["found"]
+def test_unchecked_traces_are_not_admissible() -> None:
+    evidence = helpers.synthetic_evidence(layers=1)
+    del evidence["admissibility"]
+    report = build_report(evidence)
+    assert report["admissibility"]["status"] == "not-run"
+    assert report["verdict"]["class"] == "inconclusive"
 
 
 def test_weights_are_counted_by_relation_and_the_worst_come_first() -> None:

@@ -135,7 +135,7 @@ def _judged(items: Sequence[Document] | None, name: str, asked: str, reason: str
         judged.append(
             {
                 "id": fields.pop("id"),
-                "verdict": fields.pop("verdict"),
+                "verdict": str(fields.pop("verdict")).replace(" ", "-"),
                 "asked": fields.pop("asked", ""),
                 "found": fields.pop("found", ""),
                 "would_change": fields.pop("would_change", ""),

@@ -26,10 +26,10 @@ class ReportEvidence(TypedDict, total=False):
         code: digest of the sources.
         config: digest of the configuration.
         headers: evidence file to the header it carries (inputs, code, parameters, clause).
-        admissibility: a finished admissibility section; made from tables and inventory where absent.
+        admissibility: the checks of the traces' populations.
         sweep: the ``sweep`` table.
         sweep_inventory: missing, extra and unmapped tensors, metadata differences, coverage.
-        sweep_summary: what relates each tensor pair (`relations`: tensor to relation).
+        sweep_summary: the judged sweep: `relations` (tensor to relation) and the `band` they rest on.
         traces: path to its ``trace`` table.
         divergence: the ``divergence`` table.
         local_error: the summary of the local-error replay.

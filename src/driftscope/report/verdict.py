@@ -81,6 +81,9 @@ def _decide(report: Mapping[str, Any]) -> Decision:
     if weights["relations"].get("unclassified", 0):
         unknown = weights["relations"]["unclassified"]
         return "inconclusive", None, [f"The relation of {counted(unknown, 'tensor')} was not classified"]
+    if admissibility["status"] != "admissible":
+        why = admissibility.get("reason", admissibility["status"])
+        return "inconclusive", None, [f"Admissibility is not established: {why}"]
     if divergence["status"] != "done":
         return "inconclusive", None, [f"No traces were compared: {divergence.get('reason', 'not run')}"]
     if non_finite := divergence.get("non_finite"):

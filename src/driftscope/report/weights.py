@@ -65,6 +65,7 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
         "elements_compared": sum(row["compared_count"] for row in rows),
         "elements_identical": sum(row["identical_count"] for row in rows),
         "relations": {relation: counts.get(relation, 0) for relation in RELATIONS},
+        "band": (evidence.get("sweep_summary") or {}).get("band"),
         "first_unlike": _first_unlike(rows),
         "by_dtype": _by_dtype(rows),
         "worst": [_listed_row(row) for row in sorted(rows, key=_badness)[:WORST_LISTED]],
