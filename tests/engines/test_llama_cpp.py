@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.forward.models import write_model
 
 from driftscope.artifacts.chat import render_chat
 from driftscope.artifacts.derive.candidate import write_candidate
@@ -32,8 +33,6 @@ from driftscope.forward.taps import Collector
 from driftscope.forward.weights import Weights
 from driftscope.kernels import forward as kernels
 
-pytestmark = [pytest.mark.model, pytest.mark.slow]
-
 LAYERS = (0, 7, 29)
 INT8, F32 = Choice("candidate", "int8-dot"), Choice("candidate", "f32")
 TEXT = (
@@ -42,7 +41,9 @@ TEXT = (
 )
 
 
-@pytest.fixture(scope="module", params=["Q4_1", "Q4_K_M"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.model) for name in ("Q4_1", "Q4_K_M")]
+)
 def candidate(
     request: pytest.FixtureRequest, default_gguf: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Artifact:
@@ -56,12 +57,15 @@ def candidate(
 
 @pytest.fixture(scope="module")
 def batch(default_gguf: Path) -> TokenBatch:
-    """The default prompts, a chat prompt and a longer text."""
+    """The prompts of the default configuration, and a longer text."""
     source = open_artifact(default_gguf)
     tokenizer = load_tokenizer(source)
     chat = render_chat(
         source.metadata["tokenizer.chat_template"],
-        [{"role": "user", "content": "What is 2+2?"}],
+        [
+            {"role": "system", "content": "You are a helpful coding assistant."},
+            {"role": "user", "content": "Write a Python function to compute the nth Fibonacci number."},
+        ],
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
     )
@@ -180,6 +184,7 @@ def test_the_int8_path_starts_out_much_nearer_than_the_f32_path(
     assert errors["int8-dot"] * 5 <= errors["f32"]
 
 
+@pytest.mark.slow
 def test_whole_passes(candidate: Artifact, batch: TokenBatch, record_property: pytest.RecordProperty) -> None:
     """The same greedy token for every prompt, and no farther from llama.cpp than llama.cpp is from itself."""
     half = engine.logits(candidate.path, batch, engine.LlamaCppOptions(kv_type="f16"))
@@ -196,16 +201,37 @@ def test_whole_passes(candidate: Artifact, batch: TokenBatch, record_property: p
         divergence = kl(theirs, ours[kv_type])
         record_property(f"kl_llama_int8_{kv_type}", divergence.tolist())
         assert np.array_equal(theirs[lasts].argmax(axis=1), ours[kv_type][lasts].argmax(axis=1))
-        assert divergence.mean() <= 1.5 * itself.mean() <= 0.02
-        assert (theirs.argmax(axis=1) == ours[kv_type].argmax(axis=1)).mean() >= 0.93
+        assert divergence.mean() <= 2 * itself.mean() <= 0.04
+        assert (theirs.argmax(axis=1) == ours[kv_type].argmax(axis=1)).mean() >= 0.9
 
 
-def test_options_reach_llama_cpp(default_gguf: Path, batch: TokenBatch) -> None:
-    short = TokenBatch.of([batch.ids[batch.slices[0]].tolist()])
-    plain = engine.logits(default_gguf, short)
-    assert np.array_equal(plain, engine.logits(default_gguf, short))
-    flash = engine.logits(default_gguf, short, engine.LlamaCppOptions(flash_attention=True))
-    assert 0 < nmse(flash, plain) < 0.01
+@pytest.mark.parametrize("name", ["llama", "llama-3-scaling", "llama-linear-scaling", "qwen2", "qwen3"])
+def test_float32_weights_agree_through_the_whole_pass(name: str, tmp_path: Path) -> None:
+    """Nothing is rounded to steps, so nothing grows. (Windows are left out: llama.cpp ignores them here.)"""
+    teacher = open_artifact(write_model(tmp_path / "teacher", name))
+    write_candidate(teacher, tmp_path / "model.gguf", scheme="F32")
+    candidate = open_artifact(tmp_path / "model.gguf")
+    ids = np.random.Generator(np.random.Philox(3)).integers(0, candidate.config.vocab_size, 180).tolist()
+    batch = TokenBatch.of([ids[:3], ids])
+    expected = engine.logits(candidate.path, batch, engine.LlamaCppOptions(kv_type="f32"))
+    for choice in (INT8, F32):
+        found = ForwardPass({"candidate": candidate}, Policy(choice)).run(batch)
+        assert nmse(found, expected) <= 1e-10
+        assert np.array_equal(found.argmax(axis=1), expected.argmax(axis=1))
+    found = ForwardPass({"teacher": teacher}, Policy.uniform("teacher")).run(batch)
+    assert nmse(found, expected) <= 1e-10
+
+
+def test_options_reach_llama_cpp(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_candidate(open_artifact(write_model(tmp_path / "teacher", "llama")), path, scheme="F32")
+    batch = TokenBatch.of([list(range(40))])
+    full = engine.LlamaCppOptions(kv_type="f32")
+    plain = engine.logits(path, batch, full)
+    assert np.array_equal(plain, engine.logits(path, batch, full))
+    assert 1e-9 < nmse(engine.logits(path, batch), plain) < 1e-4
+    flash = engine.logits(path, batch, engine.LlamaCppOptions(flash_attention=True))
+    assert 1e-9 < nmse(flash, plain) < 1e-4
 
 
 def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_ggufs_factors_stand_in_for_the_scaling_in_the_configuration() -> None:
     np.testing.assert_allclose(found, scaled, rtol=2e-7)
 
 
+def test_stored_factors_must_be_there() -> None:
+    with pytest.raises(InputError, match=r"rope_freqs\.weight is missing"):
+        rope_frequencies(config(1e4, {"rope_type": "stored_factors"}))
+    factors = np.full(64, 2.0, dtype=np.float32)
+    found = rope_frequencies(config(1e4, {"rope_type": "stored_factors"}), factors)
+    assert np.array_equal(found, rope_frequencies(config(1e4, None)) / 2)
+
+
 def test_factors_of_another_length_are_refused() -> None:
     with pytest.raises(InputError, match="32 values, expected 64"):
         rope_frequencies(config(1e4, None), np.ones(32, dtype=np.float32))

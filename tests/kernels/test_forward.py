@@ -211,3 +211,11 @@ def test_the_layout_in_memory_does_not_matter() -> None:
     strided = results(*(np.asfortranarray(x) for x in (q, k, v)))
     for found, expected in zip(strided, results(q, k, v), strict=True):
         assert np.array_equal(found, expected)
+
+
+def test_threads_do_not_change_the_bits() -> None:
+    q, k, v = normal(0, 33, 4 * 8), normal(1, 33, 2 * 8), normal(2, 33, 2 * 8)
+    options: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "scale": 0.5}
+    one = kernels.attention(q, k, v, np.array([0, 5, 33]), **options)
+    assert np.array_equal(one, kernels.attention(q, k, v, np.array([0, 5, 33]), threads=3, **options))
+    assert np.array_equal(kernels.silu(q), kernels.silu(q, threads=3))

@@ -34,6 +34,6 @@ def forward_pass(artifacts: Mapping[str, Artifact], path: str, *, threads: int =
     Args:
         artifacts: by role, ``teacher`` and ``candidate``; the one that the path does not use may be left out.
         path: one of `PATHS`.
-        threads: for the matmuls.
+        threads: number of threads; the result does not depend on it.
     """
     return ForwardPass(artifacts, policy_of(path), threads=threads)

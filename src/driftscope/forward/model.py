@@ -49,7 +49,7 @@ class ForwardPass:
         Args:
             artifacts: by the roles that the policy names.
             policy: which weights and which arithmetic each site uses.
-            threads: for the matmuls.
+            threads: number of threads; the result does not depend on it.
 
         Raises:
             InputError: a role has no artifact, two artifacts are not of one shape, or the rotary scaling
@@ -59,6 +59,7 @@ class ForwardPass:
             if role not in artifacts:
                 raise InputError(f"policy: no artifact for the role {role!r}")
         self.policy = policy
+        self._threads = threads
         self.config: ModelConfig = artifacts[policy.base.artifact].config
         self._weights = {role: Weights(artifacts[role], threads=threads) for role in policy.artifacts}
         for role in policy.artifacts:
@@ -178,6 +179,7 @@ class ForwardPass:
             scale=config.head_dim**-0.5,
             window=config.sliding_window,
             kv_type=self.policy.kv_type,
+            threads=self._threads,
         )
         _emit(tap, layer, "attention", x)
         x = self._matmul(x, layer, "o")
@@ -192,7 +194,7 @@ class ForwardPass:
         gate, up = self._matmul(x, layer, "gate"), self._matmul(x, layer, "up")
         _emit(tap, layer, "ffn_gate", gate)
         _emit(tap, layer, "ffn_up", up)
-        x = kernels.silu(gate)
+        x = kernels.silu(gate, threads=self._threads)
         _emit(tap, layer, "ffn_silu", x)
         x = x * up
         _emit(tap, layer, "ffn_swiglu", x)

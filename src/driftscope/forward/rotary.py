@@ -18,7 +18,7 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
     the power, its reciprocal, the scaling.
 
     Args:
-        config: gives theta, head_dim and the scaling (none, ``linear``, ``llama3``).
+        config: gives theta, head_dim and the scaling (none, ``linear``, ``llama3``, ``stored_factors``).
         factors: ``float32[head_dim / 2]`` divisors from GGUF's ``rope_freqs.weight``, which hold the
             ``llama3`` scaling already computed and then stand in for the one in `config`; or None.
 
@@ -38,7 +38,9 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
         frequencies = frequencies / factors
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", "default")
-    if kind == "default" or (kind == "llama3" and factors is not None):
+    if kind in ("llama3", "stored_factors") and factors is not None:
+        return frequencies
+    if kind == "default":
         return frequencies
     if kind == "linear":
         return frequencies / np.float32(scaling["factor"])
@@ -49,6 +51,10 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
             float(scaling["low_freq_factor"]),
             float(scaling["high_freq_factor"]),
             float(scaling["original_max_position_embeddings"]),
+        )
+    if kind == "stored_factors":
+        raise InputError(
+            "tensor rope_freqs.weight is missing, which the RoPE scaling of the model is stored in"
         )
     raise InputError(f"RoPE scaling {kind!r} has no forward pass; expected default, linear or llama3")
 

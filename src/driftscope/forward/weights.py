@@ -1,4 +1,4 @@
-"""Weights as the forward pass reads them: streamed from the file, a few megabytes decoded at a time."""
+"""Weights as the forward pass reads them: streamed from the file, a few rows decoded at a time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from driftscope.forward.policy import Choice
 from driftscope.kernels.activations import quantize_activation
 from driftscope.kernels.dequantize import dequantize
 from driftscope.kernels.formats import format_of
-from driftscope.kernels.matmul import matmul_f32, matmul_quantized
+from driftscope.kernels.matmul import matmul_f32_quantized, matmul_quantized
 
 F32 = NDArray[np.float32]
-
-_SLAB_VALUES = 2**20
-"""Weight values decoded at a time on the ``f32`` path: 4 MiB, which stays in a core's cache."""
 
 
 class Weights:
@@ -77,12 +74,7 @@ class Weights:
             return matmul_quantized(x, raw, ref.dtype, activation=choice.activation, threads=self._threads)
         if choice.activation not in (None, "none"):
             x = quantize_activation(x, choice.activation).dequantize()
-        out = np.empty((x.shape[0], shape[0]), dtype=np.float32)
-        step = max(1, _SLAB_VALUES // shape[1])
-        for begin in range(0, shape[0], step):
-            slab = _floats(raw[begin : begin + step], ref.dtype)
-            out[:, begin : begin + step] = matmul_f32(x, slab, threads=self._threads)
-        return out
+        return matmul_f32_quantized(x, raw, ref.dtype, threads=self._threads)
 
     def activation_format(self, name: str, choice: Choice) -> str:
         """Format that a matmul with this weight rounds its activation to; ``none`` for not at all."""
@@ -92,13 +84,6 @@ class Weights:
         if choice.path == "f32" or ref is None:
             return "none"
         return format_of(ref.dtype).activation
-
-
-def _floats(raw: NDArray[np.uint8], dtype: str) -> F32:
-    if dtype == "F32":
-        values = raw.view("<f4")
-        return values if values.flags.aligned else values.copy()
-    return dequantize(np.ascontiguousarray(raw), dtype)
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.kernels.jit import device, kernel
+from driftscope.kernels.parallel import over_rows
 
 F32 = NDArray[np.float32]
 
@@ -108,11 +109,11 @@ def _rope(x, cosine, sine, positions, out):  # type: ignore[no-untyped-def]
                 out[i, head + half + c] = b * cosine[row, c] + a * sine[row, c]
 
 
-def silu(gate: F32) -> F32:
-    """``x / (1 + exp(-x))`` elementwise, in float64, rounded once."""
+def silu(gate: F32, *, threads: int = 1) -> F32:
+    """``x / (1 + exp(-x))`` of every value, in float64, rounded once."""
     flat = np.ascontiguousarray(gate).reshape(-1)
     out = np.empty(flat.shape, dtype=np.float32)
-    _silu(flat, out)
+    over_rows(lambda first, end: _silu(flat[first:end], out[first:end]), flat.size, threads=threads)
     return out.reshape(gate.shape)
 
 
@@ -140,6 +141,7 @@ def attention(
     scale: float,
     window: int | None = None,
     kv_type: str = "f32",
+    threads: int = 1,
 ) -> F32:
     """Causal attention of several sequences, each over its own tokens.
 
@@ -158,6 +160,7 @@ def attention(
         window: a query sees this many keys at most, its own included; None for all before it.
         kv_type: ``f32``; or ``f16``, which does what ggml does over a float16 cache: k and v are rounded,
             and q and the softmax are rounded too, because ggml multiplies float16 with float16.
+        threads: number of threads; the result does not depend on it.
 
     Returns:
         ``float32[n, n_heads * head_dim]``.
@@ -167,7 +170,12 @@ def attention(
         q, k, v = to_f16(q), to_f16(k), to_f16(v)
     q, k, v = np.ascontiguousarray(q), np.ascontiguousarray(k), np.ascontiguousarray(v)
     out = np.empty(q.shape, dtype=np.float32)
-    _attention(q, k, v, starts, n_heads, n_kv_heads, np.float32(scale), window or 0, kv_type == "f16", out)
+    factor, half = np.float32(scale), kv_type == "f16"
+
+    def work(first: int, end: int) -> None:
+        _attention(q, k, v, starts, n_heads, n_kv_heads, factor, window or 0, half, first, end, out)
+
+    over_rows(work, n_heads * (starts.shape[0] - 1), threads=threads)
     return out
 
 
@@ -308,32 +316,34 @@ def _transposed(k, begin, end, head, head_dim):  # type: ignore[no-untyped-def]
 
 @kernel(
     "void(R(float32, 2), R(float32, 2), R(float32, 2), R(int64, 1), "
-    "int64, int64, float32, int64, boolean, float32[:, ::1])"
+    "int64, int64, float32, int64, boolean, int64, int64, float32[:, ::1])"
 )
-def _attention(q, k, v, starts, n_heads, n_kv_heads, scale, window, f16, out):  # type: ignore[no-untyped-def]
+def _attention(  # type: ignore[no-untyped-def]
+    q, k, v, starts, n_heads, n_kv_heads, scale, window, f16, first_unit, end_unit, out
+):
+    # A unit is one head of one sequence.
     head_dim = q.shape[1] // n_heads
-    group = n_heads // n_kv_heads
-    for s in range(starts.shape[0] - 1):
+    for unit in range(first_unit, end_unit):
+        s, head = unit // n_heads, unit % n_heads
+        kv_head = head // (n_heads // n_kv_heads)
         begin, end = starts[s], starts[s + 1]
         length = end - begin
+        left, right = head * head_dim, (head + 1) * head_dim
+        kt = _transposed(k, begin, end, kv_head, head_dim)
+        values = np.empty((length, head_dim), dtype=np.float32)
+        for j in range(length):
+            for c in range(head_dim):
+                values[j, c] = v[begin + j, kv_head * head_dim + c]
         scores = np.empty(length, dtype=np.float32)
         weights = np.empty(length, dtype=np.float32)
         bits = weights.view(np.uint32)
-        values = np.empty((length, head_dim), dtype=np.float32)
-        for kv_head in range(n_kv_heads):
-            kt = _transposed(k, begin, end, kv_head, head_dim)
-            for j in range(length):
-                for c in range(head_dim):
-                    values[j, c] = v[begin + j, kv_head * head_dim + c]
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                left, right = head * head_dim, (head + 1) * head_dim
-                for i in range(length):
-                    first = _first_key(i, window)
-                    _score_row(q[begin + i, left:right], kt, first, i + 1, scale, scores)
-                    _softmax_row(scores, first, i + 1, weights)
-                    if f16:
-                        _round_row_to_f16(weights, bits, first, i + 1)
-                    _weighted_sum(weights, values, first, i + 1, out[begin + i, left:right])
+        for i in range(length):
+            first = _first_key(i, window)
+            _score_row(q[begin + i, left:right], kt, first, i + 1, scale, scores)
+            _softmax_row(scores, first, i + 1, weights)
+            if f16:
+                _round_row_to_f16(weights, bits, first, i + 1)
+            _weighted_sum(weights, values, first, i + 1, out[begin + i, left:right])
 
 
 @kernel("void(R(float32, 2), R(float32, 2), int64, int64, float32, float32[:, ::1])")
