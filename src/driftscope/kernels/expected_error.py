@@ -9,7 +9,10 @@ prediction.
 
 What is left out: clipping, the rounding of the scales themselves, and the search for better scales that
 quantizers do. On Gaussian, uniform and Laplace data quantized by libgguf the measured energy was 0.74 to 1.15
-times the expected one over all formats (F16 and BF16: 0.99 to 1.00).
+times the expected one over all formats (F16 and BF16: 0.99 to 1.01). Values that lie on a coarser lattice
+already leave less, down to nothing: Q4_K of what Q4_1 stored left 0.05 times the expected energy, and some
+tensors fit Q8_0 exactly. Being below the prediction is therefore no sign of a fault; Q5_1 of the same reached
+1.36 times.
 """
 
 from __future__ import annotations
