@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import libgguf
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType, GGUFReader, quants
 
 from driftscope.errors import InputError
 from driftscope.kernels.dequantize import dequantize
@@ -162,6 +164,15 @@ def test_bits_do_not_depend_on_threads(name: str) -> None:
 
 def test_no_rows() -> None:
     assert dequantize(np.empty((0, 144), np.uint8), "Q4_K").shape == (0, 256)
+
+
+@pytest.mark.model
+def test_real_weights_equal_gguf(default_gguf: Path) -> None:
+    for tensor in GGUFReader(default_gguf).tensors:
+        if tensor.tensor_type.name in BLOCKS:
+            raw = tensor.data.reshape(-1, tensor.data.shape[-1])[:2048]
+            name = tensor.tensor_type.name
+            np.testing.assert_array_equal(bits(dequantize(raw, name)), bits(expected(raw, name)))
 
 
 def test_bad_input_is_an_input_error() -> None:

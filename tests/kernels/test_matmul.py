@@ -136,7 +136,7 @@ def test_quantized_equals_reference(name: str, activation: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name != "Q8_K"])
 def test_quantized_equals_ggml_up_to_accumulation(name: str, ggml_cpu) -> None:
-    """Against ggml's dot product of the same blocks: the integers are exact, the f32 sums are in another order."""
+    """Against ggml's dot product of the same blocks: exact integers, f32 sums in another order."""
     layout = FORMATS[name]
     raw, x = random_rows(name, 24, 1536), gaussian(2, 6, 1536)
     activation = quantize_activation(x, layout.activation)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from numba.core import config as numba_config
 
 # A function in LLVM's intermediate language; untyped, so that kernels can call it like any other.
 intrinsic: Any = extending.intrinsic
+
+# Several threads may be the first to call a kernel; and Numba's setting of the folder is global.
+_compiling = threading.Lock()
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": False, "error_model": "numpy", "boundscheck": False}
 
@@ -39,13 +43,15 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.cache
-        def compiled() -> Callable[..., Any]:
-            return _compile(function, signature)
+        compiled: Callable[..., Any] | None = None
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            return compiled()(*arguments)
+            nonlocal compiled
+            if compiled is None:
+                with _compiling:
+                    compiled = compiled or _compile(function, signature)
+            return compiled(*arguments)
 
         return call
 
