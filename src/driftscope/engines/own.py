@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from driftscope.artifacts.model import Artifact
 from driftscope.errors import InputError
-from driftscope.forward.model import ForwardPass
 from driftscope.forward.policy import Policy
+
+if TYPE_CHECKING:
+    from driftscope.artifacts.model import Artifact
+    from driftscope.forward.model import ForwardPass
 
 PATHS: Mapping[str, Policy] = {
     "teacher.f32": Policy.uniform("teacher", "f32"),
@@ -36,4 +39,7 @@ def forward_pass(artifacts: Mapping[str, Artifact], path: str, *, threads: int =
         path: one of `PATHS`.
         threads: number of threads; the result does not depend on it.
     """
+    # Here, so that the names of the paths can be had without compiling kernels.
+    from driftscope.forward.model import ForwardPass
+
     return ForwardPass(artifacts, policy_of(path), threads=threads)
