@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from driftscope.evidence.digest import sha256_json
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Sentence = Annotated[str, Field(min_length=1)]
@@ -80,7 +81,7 @@ class Measurement(Entry):
     """What is measured: a registered measurement, its parameters, regimes and seeds. No threshold."""
 
     name: Identifier = Field(description="key of driftscope.falsifiers.registry.MEASUREMENTS")
-    parameters: dict[Identifier, Any] = Field(default_factory=dict)
+    parameters: dict[Name, Any] = Field(default_factory=dict)
     regimes: dict[str, dict[str, Any]] = Field(description="regime name to its own parameters")
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
 
@@ -126,7 +127,7 @@ class Judgement(Entry):
     )
     clauses: list[Clause] = Field(min_length=1, description="all must hold for the prediction to hold")
     text: Text
-    figures: dict[Identifier, MetricPath] = Field(
+    figures: dict[Name, MetricPath] = Field(
         default_factory=dict, description="figures of the verdict, by their path in the measurement"
     )
     contradicts: dict[Verdict, list[str]] = Field(
@@ -211,7 +212,7 @@ class PinnedEvidence(Entry):
     judgement_sha256: Sha256
     inputs: dict[str, Sha256] = Field(default_factory=dict)
     code: str = ""
-    figures: dict[str, float | int | str | bool | None] = Field(default_factory=dict)
+    figures: dict[Name, float | int | str | bool | None] = Field(default_factory=dict)
 
 
 class Contract(Entry):

@@ -1,0 +1,55 @@
+"""Every measurement by name. To add one: write its module, add its line here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from driftscope.errors import InputError
+from driftscope.falsifiers.reader import EvidenceReader
+
+MEASUREMENTS: dict[str, str] = {
+    "chain": "driftscope.falsifiers.chain",
+    "one_block": "driftscope.falsifiers.one_block",
+    "token_scope": "driftscope.falsifiers.token_scope",
+}
+"""Name to module. A module is imported when its measurement is asked for."""
+
+
+class MeasurementModule(Protocol):
+    """What a module of `MEASUREMENTS` holds."""
+
+    def inputs(self, parameters: Mapping[str, Any]) -> list[str]:
+        """Return the evidence files that `measure` reads, relative to the results folder."""
+
+    def measure(
+        self,
+        parameters: Mapping[str, Any],
+        regimes: Mapping[str, Mapping[str, Any]],
+        seeds: Sequence[int],
+        evidence: EvidenceReader,
+    ) -> dict[str, Any]:
+        """Measure. The same arguments and evidence give the same bytes.
+
+        Returns:
+            ``samples`` (how many values went in), ``regimes`` and ``controls`` (objects of metrics, all of
+            one shape), ``domain`` (a list of them, over which the predicate must change), further figures;
+            or ``{status: not-run, reason}`` where the evidence is not there.
+
+        Raises:
+            InputError: a parameter is missing or out of range.
+        """
+
+
+def measurement_module(name: str) -> MeasurementModule:
+    """Return the module of a measurement.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in MEASUREMENTS:
+        raise InputError(
+            f"measurement `{name}` is not registered; known are {', '.join(sorted(MEASUREMENTS))}"
+        )
+    return cast(MeasurementModule, importlib.import_module(MEASUREMENTS[name]))
