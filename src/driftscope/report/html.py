@@ -71,6 +71,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_unbroken,
     )
     environment.filters.update(
         number=text.number,
@@ -140,6 +141,11 @@ def _lead(verdict: Mapping[str, Any]) -> str:
     rest = str(verdict["summary"]).removeprefix(verdict["headline"]).strip()
     figures = rest.removeprefix(f"{verdict['reasons'][0]}.").strip() if verdict["reasons"] else rest
     return figures or rest
+
+
+def _unbroken(value: Any) -> Any:
+    """Keep a per cent sign on the line of its number."""
+    return value.replace(" %", "\u00a0%") if type(value) is str else value
 
 
 def _breakable(name: str) -> Any:

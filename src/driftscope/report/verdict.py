@@ -224,7 +224,9 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
         for item in report["falsifiers"]
         if item["verdict"] in ("inconclusive", "vacuous", "inadmissible", "not-run")
     ]
-    if undecided:
+    if len(undecided) == len(report["falsifiers"]):
+        limits.append("No falsifier decided anything")
+    elif undecided:
         limits.append(f"Falsifiers that decided nothing: {listed(undecided, 5)}")
     return limits
 
