@@ -370,7 +370,7 @@ def synthetic_evidence(layers: int = 30, seed: int = 0) -> ReportEvidence:
                 "config": config,
             },
         ],
-        prompts=[{"id": name, "sha256": digest(name), "count": tokens} for name, tokens in PROMPTS.items()],
+        prompts=[{"id": name, "sha256": digest(name), "tokens": tokens} for name, tokens in PROMPTS.items()],
         texts=[{"id": f"text-{i}", "sha256": digest(f"text-{i}"), "count": 64} for i in range(1, 5)],
         paths=[
             {"id": path, "artifact": path.split(".")[0], "arithmetic": path.split(".")[1]} for path in PATHS

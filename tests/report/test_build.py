@@ -59,6 +59,12 @@ def test_building_is_pure_and_repeats() -> None:
     assert str(after) == str(before)
 
 
+def test_prompts_are_named_by_digest_and_count() -> None:
+    inputs = build_report(helpers.synthetic_evidence(layers=1))["inputs"]
+    assert inputs["prompts"][0] == {"id": "arithmetic", "sha256": helpers.digest("arithmetic"), "count": 7}
+    assert inputs["texts"][0]["count"] == 64
+
+
 def test_evidence_headers_are_listed_once_and_taken_out_of_sections() -> None:
     evidence = helpers.synthetic_evidence(layers=2)
     evidence["impact"] = {**evidence["impact"], "evidence": {"inputs": {}, "code": "0"}}

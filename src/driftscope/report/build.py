@@ -72,8 +72,8 @@ def _inputs(evidence: ReportEvidence) -> dict[str, Any]:
     return {
         "title": evidence.get("title", ""),
         "models": [dict(model) for model in evidence.get("models") or []],
-        "prompts": [dict(prompt) for prompt in evidence.get("prompts") or []],
-        "texts": [dict(text) for text in evidence.get("texts") or []],
+        "prompts": [_counted_tokens(prompt) for prompt in evidence.get("prompts") or []],
+        "texts": [_counted_tokens(text) for text in evidence.get("texts") or []],
         "paths": [
             {"id": path} if isinstance(path, str) else dict(path) for path in evidence.get("paths") or []
         ],
@@ -81,6 +81,14 @@ def _inputs(evidence: ReportEvidence) -> dict[str, Any]:
         "config": evidence.get("config"),
         "evidence": [{"file": file, **headers[file]} for file in sorted(headers)],
     }
+
+
+def _counted_tokens(prompt: Document) -> dict[str, Any]:
+    """Call a prompt's number of tokens `count`, as every other population of the report is called."""
+    fields = dict(prompt)
+    if "tokens" in fields:
+        fields["count"] = fields.pop("tokens")
+    return fields
 
 
 def _section(document: Document | None, reason: str) -> dict[str, Any]:

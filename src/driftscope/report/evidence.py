@@ -20,7 +20,7 @@ class ReportEvidence(TypedDict, total=False):
         name: the case's name, `results/<name>_report.json`.
         title: one line for people.
         models: teacher and candidate: id, role, source, container, files (path, bytes, sha256), config.
-        prompts: id, sha256 of the token ids, token count.
+        prompts: id, sha256 of the token ids, number of tokens (`count` or `tokens`).
         texts: the same of the texts whose token positions the decomposition and the impact are over.
         paths: the forward paths: id, artifact, arithmetic, activation formats.
         code: digest of the sources.
