@@ -86,3 +86,51 @@ def test_a_malformed_template_is_an_error(tmp_path: Path) -> None:
     broken = coin_contract(tmp_path, GATES.replace("{weights.coverage.compared} of", "{weights.cover} of"))
     with pytest.raises(InputError, match="gate coverage"):
         judge_gates(broken, _documents())
+
+
+def test_a_gate_that_fails_may_lack_what_its_sentence_names(tmp_path: Path) -> None:
+    text = GATES.replace("{weights.coverage.compared} of", "{weights.share:.0%} of")
+    gate = judge_gates(coin_contract(tmp_path, text), _documents(compared=2))[0]
+    assert gate["status"] == "fails"
+    assert gate["found"] == "weights.coverage.compared is 2"
+
+
+def test_the_registered_ship_gates_hold_on_a_sound_report_and_fail_on_a_broken_one() -> None:
+    from driftscope.contracts.loading import load_contract
+
+    gates = load_contract(Path(__file__).parents[2] / "contracts" / "ship-gates.yaml")
+    relations = {"identical": 3, "quantized-from": 7, "different": 0, "non-finite": 0, "unclassified": 0}
+    pair = {
+        "pair": "teacher.f32|candidate.int8-dot",
+        "positions": 240,
+        "mean_kl": 0.05,
+        "mean_kl_low": 0.04,
+        "mean_kl_high": 0.06,
+        "same_top1": 0.9,
+        "same_top1_low": 0.87,
+        "same_top1_high": 0.93,
+    }
+    report: dict[str, Any] = {
+        "admissibility": {"status": "admissible", "checks": []},
+        "weights": {
+            "status": "done",
+            "coverage": {"expected": 10, "compared": 10},
+            "tensors": 10,
+            "relations": relations,
+            "missing": [],
+            "extra": [],
+        },
+        "decomposition": {
+            "status": "done",
+            "controls": {"no_op_energy": 0.0, "all_promoted_share": 1.0, "all_promoted_exact": True},
+        },
+        "impact": {"status": "done", "pairs": [pair]},
+    }
+    assert set(_statuses(gates, report)) == {"holds"}
+    report["admissibility"]["status"] = "inadmissible"
+    report["weights"]["missing"] = ["lm_head.weight"]
+    relations["different"] = 1
+    report["decomposition"]["controls"] |= {"all_promoted_share": None, "all_promoted_exact": False}
+    pair |= {"mean_kl_low": 0.2, "mean_kl_high": 0.3, "same_top1_low": 0.5, "same_top1_high": 0.6}
+    assert set(_statuses(gates, report)) == {"fails"}
+    assert set(_statuses(gates, {})) == {"not-run"}

@@ -46,7 +46,7 @@ def _judge_gate(contract: Contract, gate: Gate, documents: Mapping[str, Any]) ->
     elif missing := [result["missing"] for result in results if "missing" in result]:
         found = f"{', '.join(sorted(set(missing)))} is not in the evidence"
     else:
-        found = _filled(gate, "found", gate.found, documents)
+        found = _found(gate, state, results, documents)
     return {
         "id": gate.id,
         "contract": contract.id,
@@ -71,10 +71,17 @@ def _absent(document: Any) -> str | None:
     return None
 
 
-def _filled(gate: Gate, name: str, template: str, documents: Mapping[str, Any]) -> str:
+def _found(gate: Gate, state: str, results: list[dict[str, Any]], documents: Mapping[str, Any]) -> str:
+    """Fill the gate's sentence; a gate that does not hold may lack what the sentence names."""
     try:
-        return fill(template, documents)
+        return fill(gate.found, documents)
     except MissingMetricError as error:
-        raise InputError(f"gate {gate.id}: {name} names `{error.path}`, which the evidence lacks") from error
+        if state == "holds":
+            raise InputError(
+                f"gate {gate.id}: found names `{error.path}`, which the evidence lacks"
+            ) from error
+        return "; ".join(
+            f"{item['metric']} is {item['found']}" for item in results if item["state"] != "holds"
+        )
     except ValueError as error:
-        raise InputError(f"gate {gate.id}: {name}: {error}") from error
+        raise InputError(f"gate {gate.id}: found: {error}") from error
