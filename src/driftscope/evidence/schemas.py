@@ -33,7 +33,7 @@ def _text(*allowed: str) -> tuple[Any, dict[str, Any]]:
 
 _COUNT = (pl.Int64, {"checks": [pa.Check.ge(0)]})
 _INDEX = (pl.Int64, {"checks": [pa.Check.ge(-1)]})
-_REAL = (pl.Float64, {})
+_REAL: tuple[Any, dict[str, Any]] = (pl.Float64, {})
 _REAL_OR_NULL = (pl.Float64, {"nullable": True})
 _NOT_NEGATIVE = (pl.Float64, {"checks": [pa.Check.ge(0.0)]})
 _NOT_NEGATIVE_OR_NULL = (pl.Float64, {"nullable": True, "checks": [pa.Check.ge(0.0)]})

@@ -1,0 +1,79 @@
+"""Falsify and judge: a measurement, its verdict, the ship gates. Each is a file of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from driftscope.contracts import commands
+from driftscope.evidence.digest import sha256_file
+from driftscope.evidence.header import EvidenceHeader
+from driftscope.evidence.store import read_json, write_json
+
+
+def measure(contract: Path, falsifier: str, results: Path, out: Path) -> None:
+    """Measure one falsifier on a results folder's evidence."""
+    document = commands.measure(contract, falsifier, results)
+    inputs = {name: sha256_file(results / name) for name in commands.inputs_of(contract, falsifier)}
+    parameters = {"measurement": document["measurement"]}
+    write_json(document, out, EvidenceHeader.of("measure", inputs, parameters))
+
+
+def judge(contract: Path, falsifier: str, measurement: Path, out: Path) -> str:
+    """Judge one falsifier by its measurement; return the verdict."""
+    document = commands.judge(contract, falsifier, read_json(measurement))
+    inputs = {"measurement": sha256_file(measurement)}
+    header = EvidenceHeader.of("judge", inputs, {}, clause=document["clause"])
+    write_json(document, out, header)
+    return str(document["verdict"])
+
+
+def gate_documents(results: Path) -> dict[str, Any]:
+    """Return the evidence documents that gates may read, by name; what is not there is absent."""
+    names = {
+        "admissibility": "admissibility.json",
+        "sweep": "weights.json",
+        "inventory": "sweep.json",
+        "decomposition": "decomposition.json",
+        "impact": "impact.json",
+    }
+    documents: dict[str, Any] = {
+        name: read_json(results / file) for name, file in names.items() if (results / file).is_file()
+    }
+    for file in sorted((results / "falsifiers").glob("*.verdict.json")):
+        documents.setdefault("falsifiers", {})[file.name.removesuffix(".verdict.json")] = read_json(file)
+    return documents
+
+
+def gates(contracts: Path, results: Path, out: Path) -> dict[str, str]:
+    """Judge every ship gate of the contracts; return the status of each."""
+    from driftscope.contracts.gates import judge_gates
+    from driftscope.contracts.loading import load_contracts
+
+    documents = gate_documents(results)
+    judged = [gate for item in load_contracts([contracts]) for gate in judge_gates(item.contract, documents)]
+    inputs = {name: sha256_file(results / name) for name in _read_by_gates(results)}
+    write_json({"gates": judged}, out, EvidenceHeader.of("judge", inputs, {}))
+    return {gate["id"]: gate["status"] for gate in judged}
+
+
+def _read_by_gates(results: Path) -> list[str]:
+    names = ["admissibility.json", "weights.json", "sweep.json", "decomposition.json", "impact.json"]
+    found = [name for name in names if (results / name).is_file()]
+    return found + [
+        f"falsifiers/{file.name}" for file in sorted((results / "falsifiers").glob("*.verdict.json"))
+    ]
+
+
+def published(figures: Path, results: Path, out: Path) -> dict[str, int]:
+    """Recompute and judge every published figure; return how many came to each verdict."""
+    from driftscope.contracts.published import falsifiers_read, judge_published, load_published
+
+    listed = load_published([figures])
+    files = {name: results / "falsifiers" / f"{name}.measurement.json" for name in falsifiers_read(listed)}
+    present = {name: file for name, file in files.items() if file.is_file()}
+    judged = judge_published(listed, {name: read_json(file) for name, file in present.items()})
+    inputs = {f"falsifiers/{file.name}": sha256_file(file) for file in present.values()}
+    write_json({"published": judged}, out, EvidenceHeader.of("measure", inputs, {}))
+    return dict(Counter(item["verdict"] for item in judged))

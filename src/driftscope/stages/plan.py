@@ -1,0 +1,161 @@
+"""What the workflow must know of a case before it runs: files, digests and jobs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from driftscope.artifacts.lock import check, lock_path, read_lock
+from driftscope.config import Config, parse_config
+from driftscope.contracts import commands
+from driftscope.contracts.loading import ContractFile, load_contracts
+from driftscope.contracts.model import Falsifier, gate_sha256, judgement_sha256, measurement_sha256
+from driftscope.errors import InputError
+from driftscope.evidence.atomic import write_text
+from driftscope.evidence.digest import sha256_file, sha256_json
+
+
+@dataclass(frozen=True)
+class CasePlan:
+    """One case, as the workflow's rules need it.
+
+    Attributes:
+        config: the validated configuration.
+        results: the case's results folder, relative to the working folder.
+        resolved: the configuration as JSON, overrides included, which every job reads.
+        contracts: the folder of contracts.
+        loaded: its contracts.
+    """
+
+    config: Config
+    results: str
+    resolved: str
+    contracts: str
+    loaded: tuple[ContractFile, ...]
+
+    @property
+    def fetched(self) -> list[str]:
+        """Return the ids of the models that are fetched."""
+        return sorted(self.config.sources())
+
+    @property
+    def derived(self) -> list[str]:
+        """Return the ids of the models that are derived."""
+        return sorted(set(self.config.models) - set(self.config.sources()))
+
+    @property
+    def falsifiers(self) -> list[str]:
+        """Return the ids of all registered falsifiers."""
+        return [falsifier.id for item in self.loaded for falsifier in item.contract.falsifiers]
+
+    @property
+    def prompt_files(self) -> list[str]:
+        """Return the text files that prompts are read from."""
+        prompts = (*self.config.trace.prompts, *self.config.decomposition.texts)
+        return sorted(
+            {str(self.config.folder / prompt.file) for prompt in prompts if prompt.file is not None}
+        )
+
+    @property
+    def prompt_specs(self) -> str:
+        """Return the digest of the configured prompts."""
+        document = self.config.canonical()
+        return sha256_json([document["trace"]["prompts"], document["decomposition"]["texts"]])
+
+    @property
+    def resampling(self) -> str:
+        """Return the digest of how shares and intervals are made."""
+        return sha256_json(self.config.decomposition.model_dump(mode="json", exclude={"texts", "jobs"}))
+
+    @property
+    def gates_digest(self) -> str:
+        """Return the digest of all gates."""
+        return sha256_json([gate_sha256(gate) for item in self.loaded for gate in item.contract.gates])
+
+    @property
+    def published_digest(self) -> str:
+        """Return the digest of the published figures."""
+        files = sorted((Path(self.contracts) / "published").glob("*.yaml"))
+        return sha256_json([[file.name, sha256_file(file)] for file in files])
+
+    def pin(self, model: str) -> str:
+        """Return what a fetched model is pinned to.
+
+        Raises:
+            InputError: it is not locked, or is locked to another source.
+        """
+        path = lock_path(Path(self.config.origin))
+        entry = check(read_lock(path), model, self.config.sources()[model], path)
+        return sha256_json(entry.model_dump(mode="json"))
+
+    def local_files(self, model: str) -> list[str]:
+        """Return the files of a ``file:`` source, so that a change of them is noticed."""
+        source = self.config.sources()[model]
+        if not source.startswith("file:"):
+            return []
+        path = self.config.folder / source.removeprefix("file:")
+        return (
+            [str(path)] if path.is_file() else sorted(str(file) for file in path.glob("*") if file.is_file())
+        )
+
+    def derivation(self, model: str) -> str:
+        """Return the digest of how a model is derived."""
+        return sha256_json(self.config.models[model].model_dump(mode="json", by_alias=True))
+
+    def contract_file(self, falsifier: str) -> str:
+        """Return the contract file that registers a falsifier."""
+        return str(self._find(falsifier)[0].file)
+
+    def measurement_digest(self, falsifier: str) -> str:
+        """Return the digest of all that a falsifier's measurement reads of its contract."""
+        return measurement_sha256(self._find(falsifier)[1])
+
+    def judgement_digest(self, falsifier: str) -> str:
+        """Return the digest of all that a falsifier's judgement reads of its contract."""
+        item, found = self._find(falsifier)
+        return sha256_json([judgement_sha256(found), item.contract.id, item.contract.version])
+
+    def measurement_inputs(self, falsifier: str) -> list[str]:
+        """Return the evidence files that a falsifier's measurement reads."""
+        item, _ = self._find(falsifier)
+        return [f"{self.results}/{name}" for name in commands.inputs_of(item.file, falsifier)]
+
+    def _find(self, falsifier: str) -> tuple[ContractFile, Falsifier]:
+        for item in self.loaded:
+            for found in item.contract.falsifiers:
+                if found.id == falsifier:
+                    return item, found
+        raise InputError(f"{self.contracts}: no falsifier `{falsifier}`")
+
+
+def plan_case(values: Mapping[str, Any], files: Sequence[str | Path], workflow_folder: Path) -> CasePlan:
+    """Validate what Snakemake read and lay the case out.
+
+    Args:
+        values: Snakemake's configuration, overrides included.
+        files: the configuration files it was read from; the last one owns relative paths and the lock.
+        workflow_folder: where the Snakefile is.
+
+    Raises:
+        InputError: the configuration or a contract is not valid.
+    """
+    origin = str(files[-1]) if files else "config/config.yaml"
+    config = parse_config(dict(values), origin)
+    if not config.origin:
+        config = config.model_copy(update={"origin": origin})
+    results = f"results/{config.name}"
+    resolved = Path(results) / "config.json"
+    text = json.dumps({**config.canonical(), "origin": config.origin}, indent=1) + "\n"
+    # Every job reads this file, so that overrides reach them; it is no rule's input.
+    if not resolved.is_file() or resolved.read_text(encoding="utf-8") != text:
+        write_text(resolved, text)
+    contracts = Path(config.contracts)
+    folder = contracts if contracts.is_absolute() or contracts.is_dir() else workflow_folder / contracts
+    loaded = tuple(load_contracts([folder]))
+    plan = CasePlan(config, results, str(resolved), str(folder), loaded)
+    for model in plan.fetched:
+        plan.pin(model)
+    return plan

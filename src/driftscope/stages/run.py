@@ -1,0 +1,36 @@
+"""Run the workflow from the command line, and hand on what a rule found wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from driftscope.config import load_config
+from driftscope.errors import InputError
+
+
+def run_workflow(config: Path, cores: int, *, dry_run: bool) -> tuple[int, str]:
+    """Run Snakemake on a configuration, in the current folder, which holds the Snakefile.
+
+    Returns:
+        The exit code, and the first line that a rule gave for bad input (exit code 2), else an empty line.
+    """
+    if not Path("Snakefile").is_file():
+        raise InputError("no Snakefile in this folder; run driftscope in a checkout of the workflow")
+    name = load_config(config).name
+    command = [
+        *(sys.executable, "-m", "snakemake"),
+        *("--cores", str(cores), "--configfile", str(config), "--rerun-incomplete"),
+        *(["--dry-run"] if dry_run else []),
+        f"results/{name}_report.json",
+    ]
+    with tempfile.TemporaryDirectory(prefix="driftscope-") as folder:
+        failures = Path(folder) / "failures"
+        done = subprocess.run(command, env={**os.environ, "DRIFTSCOPE_FAILURES": str(failures)}, check=False)
+        lines = failures.read_text(encoding="utf-8").splitlines() if failures.is_file() else []
+    if done.returncode and lines:
+        return 2, lines[0]
+    return done.returncode, ""

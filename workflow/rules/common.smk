@@ -1,0 +1,50 @@
+import os
+import sys
+from pathlib import Path
+
+from driftscope.config import PATHS
+from driftscope.evidence.digest import code_digest, sha256_json
+from driftscope.stages.plan import CasePlan, plan_case
+
+
+def usable(make):
+    """Return what `make` returns; a user's mistake ends Snakemake with one line and exit code 2."""
+    from driftscope.errors import InputError
+
+    try:
+        return make()
+    except InputError as error:
+        print(f"driftscope: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+CASE: CasePlan = usable(lambda: plan_case(config, workflow.configfiles, Path(workflow.basedir)))
+CONFIG = CASE.config
+RESULTS = CASE.results
+RESOLVED = CASE.resolved
+TEACHER = f"{RESULTS}/models/{CONFIG.pair.teacher}.json"
+CANDIDATE = f"{RESULTS}/models/{CONFIG.pair.candidate}.json"
+PROMPTS = f"{RESULTS}/prompts.json"
+REPORT = f"results/{CONFIG.name}_report.json"
+PAIRS = [
+    "teacher.f32|candidate.f32",
+    "teacher.f32|candidate.int8-dot",
+    "candidate.f32|candidate.int8-dot",
+]
+
+
+wildcard_constraints:
+    path="|".join(PATHS).replace(".", r"\."),
+    chunk=r"\d+",
+    job=r"\d+",
+    shard=r"\d+",
+
+
+def manifest_of(path):
+    """Return the manifest of the artifact that a path runs on."""
+    return TEACHER if path.startswith("teacher.") else CANDIDATE
+
+
+def labelled(option, paths, files):
+    """Return `--option path=file` for each path."""
+    return " ".join(f"--{option} '{path}={file}'" for path, file in zip(paths, files))
