@@ -86,7 +86,11 @@ def measure(
             "compounding": follow("gaussian", _rounding("q8_K", _COMPOUNDING), few),
             "quadrature": follow("gaussian", _independent, few),
         },
-        "domain": [follow("gaussian", _rounding("q8_K", gain), few) for gain in _GAINS],
+        # The null model is in it whatever state path B is in.
+        "domain": [
+            follow("gaussian", _independent, few[:2]),
+            *(follow("gaussian", _rounding("q8_K", gain), few) for gain in _GAINS),
+        ],
     }
 
 

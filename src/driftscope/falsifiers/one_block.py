@@ -100,7 +100,9 @@ def measure(
             "other-order": compare(plain, "q8_K", path_a_reversed),
             "same-block-other-scale": compare([_scaled_ramps(ramp)], "apr_q8k", _path_b("apr_q8k")),
         },
+        # From no error at all, whatever state path B is in, to a gross one.
         "domain": [
+            compare(plain[:1], "q8_K", path_a_reversed),
             *(compare(plain[:1], "q8_K", _path_b_swapped("q8_K", share)) for share in _SWAPPED_SHARES),
             *(
                 compare([_noisy_ramps(ramp, seeds[0], level)], "apr_q8k", _path_b("apr_q8k"))
