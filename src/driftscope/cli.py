@@ -48,10 +48,14 @@ def run(
     config: ConfigFile = DEFAULT_CONFIG,
     cores: Annotated[int, typer.Option(help="cores to use", min=1)] = os.cpu_count() or 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="show what would run")] = False,
+    where: Annotated[bool, typer.Option("--where", help="only print where the report will be")] = False,
 ) -> None:
     """Run the workflow up to the report of a configuration."""
-    from driftscope.stages.run import run_workflow
+    from driftscope.stages.run import report_path, run_workflow
 
+    if where:
+        typer.echo(str(report_path(config)))
+        return
     code, line = run_workflow(config, cores, dry_run=dry_run)
     if line:
         _fail(line, code)
@@ -138,7 +142,7 @@ def diff(
             advance(index + 1, len(found))
     listed = inventory(first, second)
     frame = frame_of(rows, "sweep")
-    summary = summarise(frame, listed, Band(*SweepSpec(shards=1).band))
+    summary = summarise(frame, listed, Band(*SweepSpec().band))
     if as_json:
         _print_json({"summary": summary, "inventory": listed, "tensors": rows})
     else:

@@ -82,12 +82,14 @@ class PromptSpec(_Section):
 class SweepSpec(_Section):
     """The tensor-diff sweep."""
 
-    shards: int = Field(4, ge=1, le=1024, description="jobs; tensors are dealt out by bytes")
-    band: tuple[float, float] = Field(
-        (0.0, 1.6),
-        description="measured over expected NMSE within which a tensor counts as quantized from the other; "
-        "a judgement: editing it compares nothing anew",
-    )
+    shards: Annotated[int, Field(ge=1, le=1024, description="jobs; tensors are dealt out by bytes")] = 4
+    band: Annotated[
+        tuple[float, float],
+        Field(
+            description="measured over expected NMSE within which a tensor counts as quantized from the other; "
+            "a judgement: editing it compares nothing anew"
+        ),
+    ] = (0.0, 1.6)
 
 
 class TraceSpec(_Section):
@@ -120,7 +122,7 @@ class Config(_Section):
     title: str = ""
     models: dict[Name, ModelSpec]
     pair: Pair
-    sweep: SweepSpec = SweepSpec(shards=4)
+    sweep: SweepSpec = SweepSpec()
     trace: TraceSpec
     decomposition: DecompositionSpec
     contracts: str = Field("contracts", description="folder of contracts, relative to the workflow's folder")

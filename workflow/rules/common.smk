@@ -18,7 +18,9 @@ def usable(make):
         os._exit(2)
 
 
-CASE: CasePlan = usable(lambda: plan_case(config, workflow.configfiles, Path(workflow.basedir)))
+CASE: CasePlan = usable(
+    lambda: plan_case(config, workflow.configfiles, Path(workflow.basedir))
+)
 CONFIG = CASE.config
 RESULTS = CASE.results
 RESOLVED = CASE.resolved
@@ -26,6 +28,7 @@ TEACHER = f"{RESULTS}/models/{CONFIG.pair.teacher}.json"
 CANDIDATE = f"{RESULTS}/models/{CONFIG.pair.candidate}.json"
 PROMPTS = f"{RESULTS}/prompts.json"
 REPORT = f"results/{CONFIG.name}_report.json"
+ENVIRONMENT = "../envs/driftscope.yaml"
 PAIRS = [
     "teacher.f32|candidate.f32",
     "teacher.f32|candidate.int8-dot",
@@ -48,3 +51,13 @@ def manifest_of(path):
 def labelled(option, paths, files):
     """Return `--option path=file` for each path."""
     return " ".join(f"--{option} '{path}={file}'" for path, file in zip(paths, files))
+
+
+def state_before(wildcards):
+    """Return the residual stream that the chunk before left, or nothing for the first chunk."""
+    chunk = int(wildcards.chunk)
+    return (
+        f"{RESULTS}/trace/{wildcards.path}/state_{chunk - 1}.safetensors"
+        if chunk
+        else []
+    )

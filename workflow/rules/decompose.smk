@@ -7,17 +7,19 @@ rule base_pass:
         candidate=CANDIDATE,
         prompts=PROMPTS,
     output:
-        update(RESULTS + "/decomposition/base_{path}.safetensors"),
+        update(f"{RESULTS}/decomposition/base_{{path}}.safetensors"),
     log:
-        RESULTS + "/logs/decompose/base_{path}.log",
+        f"{RESULTS}/logs/decompose/base_{{path}}.log",
     benchmark:
-        RESULTS + "/benchmarks/decompose/base_{path}.tsv"
-    params:
-        minimum=CONFIG.decomposition.minimum_positions,
-        code=code_digest("decompose"),
+        f"{RESULTS}/benchmarks/decompose/base_{{path}}.tsv"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=4000,
         runtime=60,
+    params:
+        minimum=CONFIG.decomposition.minimum_positions,
+        code=code_digest("decompose"),
     shell:
         "driftscope stage base {wildcards.path} --teacher {input.teacher} --candidate {input.candidate}"
         " --prompts {input.prompts} --minimum {params.minimum} --out {output} --threads {threads} 2> {log}"
@@ -28,20 +30,22 @@ rule counterfactuals:
         teacher=TEACHER,
         candidate=CANDIDATE,
         prompts=PROMPTS,
-        bases=expand(RESULTS + "/decomposition/base_{path}.safetensors", path=PATHS),
+        bases=expand(f"{RESULTS}/decomposition/base_{{path}}.safetensors", path=PATHS),
     output:
-        update(RESULTS + "/decomposition/energies_{job}.parquet"),
+        update(f"{RESULTS}/decomposition/energies_{{job}}.parquet"),
     log:
-        RESULTS + "/logs/decompose/{job}.log",
+        f"{RESULTS}/logs/decompose/{{job}}.log",
     benchmark:
-        RESULTS + "/benchmarks/decompose/{job}.tsv"
+        f"{RESULTS}/benchmarks/decompose/{{job}}.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=4000,
+        runtime=240,
     params:
         jobs=JOBS,
         bases=lambda wildcards, input: labelled("base", PATHS, input.bases),
         code=code_digest("decompose"),
-    resources:
-        mem_mb=4000,
-        runtime=240,
     shell:
         "driftscope stage counterfactuals --teacher {input.teacher} --candidate {input.candidate}"
         " --prompts {input.prompts} {params.bases} --part {wildcards.job}/{params.jobs}"
@@ -50,47 +54,53 @@ rule counterfactuals:
 
 rule decompose:
     input:
-        expand(RESULTS + "/decomposition/energies_{job}.parquet", job=range(JOBS)),
+        expand(f"{RESULTS}/decomposition/energies_{{job}}.parquet", job=range(JOBS)),
     output:
-        table=update(RESULTS + "/decomposition/energies.parquet"),
-        document=update(RESULTS + "/decomposition.json"),
+        table=update(f"{RESULTS}/decomposition/energies.parquet"),
+        document=update(f"{RESULTS}/decomposition.json"),
     log:
-        RESULTS + "/logs/decompose.log",
+        f"{RESULTS}/logs/decompose.log",
     benchmark:
-        RESULTS + "/benchmarks/decompose.tsv"
-    params:
-        resampling=CASE.resampling,
-        code=code_digest("decompose"),
+        f"{RESULTS}/benchmarks/decompose.tsv"
+    group:
+        "decompose"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=1000,
         runtime=10,
-    group:
-        "decompose"
+    params:
+        config=RESOLVED,
+        resampling=CASE.resampling,
+        code=code_digest("decompose"),
     shell:
-        "driftscope stage shares {input} --config {RESOLVED} --table {output.table}"
+        "driftscope stage shares {input} --config {params.config} --table {output.table}"
         " --out {output.document} 2> {log}"
 
 
 rule impact:
     input:
         prompts=PROMPTS,
-        bases=expand(RESULTS + "/decomposition/base_{path}.safetensors", path=PATHS),
+        bases=expand(f"{RESULTS}/decomposition/base_{{path}}.safetensors", path=PATHS),
     output:
-        table=update(RESULTS + "/impact.parquet"),
-        document=update(RESULTS + "/impact.json"),
+        table=update(f"{RESULTS}/impact.parquet"),
+        document=update(f"{RESULTS}/impact.json"),
     log:
-        RESULTS + "/logs/impact.log",
+        f"{RESULTS}/logs/impact.log",
     benchmark:
-        RESULTS + "/benchmarks/impact.tsv"
-    params:
-        bases=lambda wildcards, input: labelled("base", PATHS, input.bases),
-        resampling=CASE.resampling,
-        code=code_digest("decompose"),
+        f"{RESULTS}/benchmarks/impact.tsv"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=3000,
         runtime=30,
+    params:
+        config=RESOLVED,
+        bases=lambda wildcards, input: labelled("base", PATHS, input.bases),
+        resampling=CASE.resampling,
+        code=code_digest("decompose"),
     shell:
-        "driftscope stage impact --prompts {input.prompts} {params.bases} --config {RESOLVED}"
+        "driftscope stage impact --prompts {input.prompts} {params.bases} --config {params.config}"
         " --table {output.table} --out {output.document} 2> {log}"
 
 
@@ -99,17 +109,19 @@ rule fix_scope:
         decomposition=rules.decompose.output.document,
         impact=rules.impact.output.document,
     output:
-        update(RESULTS + "/fix_scope.json"),
+        update(f"{RESULTS}/fix_scope.json"),
     log:
-        RESULTS + "/logs/fix_scope.log",
+        f"{RESULTS}/logs/fix_scope.log",
     benchmark:
-        RESULTS + "/benchmarks/fix_scope.tsv"
-    params:
-        code=code_digest("decompose"),
+        f"{RESULTS}/benchmarks/fix_scope.tsv"
+    group:
+        "decompose"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=500,
         runtime=5,
-    group:
-        "decompose"
+    params:
+        code=code_digest("decompose"),
     shell:
         "driftscope stage fix-scope {input.decomposition} --impact {input.impact} --out {output} 2> {log}"

@@ -4,45 +4,50 @@ rule measure:
     input:
         lambda wildcards: CASE.measurement_inputs(wildcards.falsifier),
     output:
-        update(RESULTS + "/falsifiers/{falsifier}.measurement.json"),
+        update(f"{RESULTS}/falsifiers/{{falsifier}}.measurement.json"),
     log:
-        RESULTS + "/logs/falsify/{falsifier}.measure.log",
+        f"{RESULTS}/logs/falsify/{{falsifier}}.measure.log",
     benchmark:
-        RESULTS + "/benchmarks/falsify/{falsifier}.measure.tsv"
+        f"{RESULTS}/benchmarks/falsify/{{falsifier}}.measure.tsv"
     wildcard_constraints:
         falsifier="|".join(CASE.falsifiers),
-    params:
-        contract=lambda wildcards: CASE.contract_file(wildcards.falsifier),
-        measurement=lambda wildcards: CASE.measurement_digest(wildcards.falsifier),
-        code=code_digest("measure"),
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        results=lambda wildcards: RESULTS,
+        contract=lambda wildcards: CASE.contract_file(wildcards.falsifier),
+        measurement=lambda wildcards: CASE.measurement_digest(wildcards.falsifier),
+        code=code_digest("measure"),
     shell:
-        "driftscope falsify {params.contract} {wildcards.falsifier} --results {RESULTS}"
+        "driftscope falsify {params.contract} {wildcards.falsifier} --results {params.results}"
         " --out {output} 2> {log}"
 
 
 rule judge:
     input:
-        measurement=RESULTS + "/falsifiers/{falsifier}.measurement.json",
+        measurement=f"{RESULTS}/falsifiers/{{falsifier}}.measurement.json",
     output:
-        update(RESULTS + "/falsifiers/{falsifier}.verdict.json"),
+        update(f"{RESULTS}/falsifiers/{{falsifier}}.verdict.json"),
     log:
-        RESULTS + "/logs/falsify/{falsifier}.judge.log",
+        f"{RESULTS}/logs/falsify/{{falsifier}}.judge.log",
     benchmark:
-        RESULTS + "/benchmarks/falsify/{falsifier}.judge.tsv"
+        f"{RESULTS}/benchmarks/falsify/{{falsifier}}.judge.tsv"
     wildcard_constraints:
         falsifier="|".join(CASE.falsifiers),
+    group:
+        "judge"
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=500,
+        runtime=5,
     params:
         contract=lambda wildcards: CASE.contract_file(wildcards.falsifier),
         clause=lambda wildcards: CASE.judgement_digest(wildcards.falsifier),
         code=code_digest("judge"),
-    resources:
-        mem_mb=500,
-        runtime=5,
-    group:
-        "judge"
     shell:
         "driftscope judge {params.contract} {wildcards.falsifier} --measurement {input.measurement}"
         " --out {output} > {log} 2>&1"
@@ -50,49 +55,62 @@ rule judge:
 
 rule gates:
     input:
-        RESULTS + "/admissibility.json",
-        RESULTS + "/weights.json",
-        RESULTS + "/sweep.json",
-        RESULTS + "/decomposition.json",
-        RESULTS + "/impact.json",
-        expand(RESULTS + "/falsifiers/{falsifier}.verdict.json", falsifier=CASE.falsifiers),
+        f"{RESULTS}/admissibility.json",
+        f"{RESULTS}/weights.json",
+        f"{RESULTS}/sweep.json",
+        f"{RESULTS}/sweep.parquet",
+        f"{RESULTS}/decomposition.json",
+        f"{RESULTS}/impact.json",
+        expand(
+            f"{RESULTS}/falsifiers/{{falsifier}}.verdict.json",
+            falsifier=CASE.falsifiers,
+        ),
     output:
-        update(RESULTS + "/gates.json"),
+        update(f"{RESULTS}/gates.json"),
     log:
-        RESULTS + "/logs/gates.log",
+        f"{RESULTS}/logs/gates.log",
     benchmark:
-        RESULTS + "/benchmarks/gates.tsv"
-    params:
-        contracts=CASE.contracts,
-        clauses=CASE.gates_digest,
-        code=code_digest("judge"),
+        f"{RESULTS}/benchmarks/gates.tsv"
+    group:
+        "judge"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=500,
         runtime=5,
-    group:
-        "judge"
+    params:
+        results=lambda wildcards: RESULTS,
+        contracts=CASE.contracts,
+        clauses=CASE.gates_digest,
+        code=code_digest("judge"),
     shell:
-        "driftscope stage gates {params.contracts} --results {RESULTS} --out {output} > {log} 2>&1"
+        "driftscope stage gates {params.contracts} --results {params.results} --out {output} > {log} 2>&1"
 
 
 rule published:
     input:
-        expand(RESULTS + "/falsifiers/{falsifier}.measurement.json", falsifier=CASE.falsifiers),
+        expand(
+            f"{RESULTS}/falsifiers/{{falsifier}}.measurement.json",
+            falsifier=CASE.falsifiers,
+        ),
     output:
-        update(RESULTS + "/published.json"),
+        update(f"{RESULTS}/published.json"),
     log:
-        RESULTS + "/logs/published.log",
+        f"{RESULTS}/logs/published.log",
     benchmark:
-        RESULTS + "/benchmarks/published.tsv"
-    params:
-        contracts=CASE.contracts,
-        figures=CASE.published_digest,
-        code=code_digest("measure"),
+        f"{RESULTS}/benchmarks/published.tsv"
+    group:
+        "judge"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=500,
         runtime=5,
-    group:
-        "judge"
+    params:
+        results=lambda wildcards: RESULTS,
+        contracts=CASE.contracts,
+        figures=CASE.published_digest,
+        code=code_digest("judge"),
     shell:
-        "driftscope stage published {params.contracts}/published --results {RESULTS}"
+        "driftscope stage published {params.contracts}/published --results {params.results}"
         " --out {output} > {log} 2>&1"

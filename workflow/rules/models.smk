@@ -6,22 +6,25 @@ if CASE.fetched:
         input:
             lambda wildcards: CASE.local_files(wildcards.model),
         output:
-            update(RESULTS + "/models/{model}.json"),
+            update(f"{RESULTS}/models/{{model}}.json"),
         log:
-            RESULTS + "/logs/fetch/{model}.log",
+            f"{RESULTS}/logs/fetch/{{model}}.log",
         benchmark:
-            RESULTS + "/benchmarks/fetch/{model}.tsv"
+            f"{RESULTS}/benchmarks/fetch/{{model}}.tsv"
         wildcard_constraints:
             model="|".join(CASE.fetched),
-        params:
-            pin=lambda wildcards: CASE.pin(wildcards.model),
-            code=code_digest("fetch"),
+        retries: 1
+        conda:
+            ENVIRONMENT
         resources:
             mem_mb=1000,
             runtime=240,
-        retries: 1
+        params:
+            config=RESOLVED,
+            pin=lambda wildcards: CASE.pin(wildcards.model),
+            code=code_digest("fetch"),
         shell:
-            "driftscope stage fetch {wildcards.model} --config {RESOLVED} --out {output} 2> {log}"
+            "driftscope stage fetch {wildcards.model} --config {params.config} --out {output} 2> {log}"
 
 
 if CASE.derived:
@@ -30,22 +33,25 @@ if CASE.derived:
         input:
             lambda wildcards: f"{RESULTS}/models/{CONFIG.models[wildcards.model].from_}.json",
         output:
-            update(RESULTS + "/models/{model}.json"),
+            update(f"{RESULTS}/models/{{model}}.json"),
         log:
-            RESULTS + "/logs/derive/{model}.log",
+            f"{RESULTS}/logs/derive/{{model}}.log",
         benchmark:
-            RESULTS + "/benchmarks/derive/{model}.tsv"
+            f"{RESULTS}/benchmarks/derive/{{model}}.tsv"
         wildcard_constraints:
             model="|".join(CASE.derived),
-        params:
-            spec=lambda wildcards: CASE.derivation(wildcards.model),
-            code=code_digest("derive"),
+        conda:
+            ENVIRONMENT
         threads: 2
         resources:
             mem_mb=3000,
             runtime=120,
+        params:
+            config=RESOLVED,
+            spec=lambda wildcards: CASE.derivation(wildcards.model),
+            code=code_digest("derive"),
         shell:
-            "driftscope stage derive {wildcards.model} --config {RESOLVED} --from {input}"
+            "driftscope stage derive {wildcards.model} --config {params.config} --from {input}"
             " --out {output} --threads {threads} 2> {log}"
 
 
@@ -56,14 +62,17 @@ rule prompts:
     output:
         update(PROMPTS),
     log:
-        RESULTS + "/logs/prompts.log",
+        f"{RESULTS}/logs/prompts.log",
     benchmark:
-        RESULTS + "/benchmarks/prompts.tsv"
-    params:
-        specs=CASE.prompt_specs,
-        code=code_digest("prompts"),
+        f"{RESULTS}/benchmarks/prompts.tsv"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=1000,
         runtime=10,
+    params:
+        config=RESOLVED,
+        specs=CASE.prompt_specs,
+        code=code_digest("prompts"),
     shell:
-        "driftscope stage prompts --config {RESOLVED} --model {input.model} --out {output} 2> {log}"
+        "driftscope stage prompts --config {params.config} --model {input.model} --out {output} 2> {log}"

@@ -12,24 +12,31 @@ rule report:
         rules.fix_scope.output,
         rules.gates.output,
         rules.published.output,
-        expand(RESULTS + "/trace/{path}.parquet", path=PATHS),
-        expand(RESULTS + "/falsifiers/{falsifier}.verdict.json", falsifier=CASE.falsifiers),
+        expand(f"{RESULTS}/trace/{{path}}.parquet", path=PATHS),
+        expand(
+            f"{RESULTS}/falsifiers/{{falsifier}}.verdict.json",
+            falsifier=CASE.falsifiers,
+        ),
     output:
         document=update(REPORT),
         page=update(REPORT.removesuffix(".json") + ".html"),
     log:
-        RESULTS + "/logs/report.log",
+        f"{RESULTS}/logs/report.log",
     benchmark:
-        RESULTS + "/benchmarks/report.tsv"
-    params:
-        title=CONFIG.title,
-        config=sha256_json(CONFIG.canonical()),
-        code=code_digest("report"),
+        f"{RESULTS}/benchmarks/report.tsv"
+    group:
+        "judge"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=1500,
         runtime=10,
-    group:
-        "judge"
+    params:
+        config=RESOLVED,
+        results=lambda wildcards: RESULTS,
+        title=CONFIG.title,
+        settings=sha256_json(CONFIG.canonical()),
+        code=code_digest("report"),
     shell:
-        "driftscope stage report --config {RESOLVED} --results {RESULTS} --out {output.document}"
+        "driftscope stage report --config {params.config} --results {params.results} --out {output.document}"
         " --html {output.page} > {log} 2>&1"

@@ -6,17 +6,19 @@ rule sweep_shard:
         teacher=TEACHER,
         candidate=CANDIDATE,
     output:
-        update(RESULTS + "/sweep/shard_{shard}.parquet"),
+        update(f"{RESULTS}/sweep/shard_{{shard}}.parquet"),
     log:
-        RESULTS + "/logs/sweep/{shard}.log",
+        f"{RESULTS}/logs/sweep/{{shard}}.log",
     benchmark:
-        RESULTS + "/benchmarks/sweep/{shard}.tsv"
-    params:
-        shards=SHARDS,
-        code=code_digest("sweep"),
+        f"{RESULTS}/benchmarks/sweep/{{shard}}.tsv"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=2000,
         runtime=60,
+    params:
+        shards=SHARDS,
+        code=code_digest("sweep"),
     shell:
         "driftscope stage sweep --teacher {input.teacher} --candidate {input.candidate}"
         " --part {wildcards.shard}/{params.shards} --out {output} --threads {threads} 2> {log}"
@@ -26,21 +28,23 @@ rule sweep:
     input:
         teacher=TEACHER,
         candidate=CANDIDATE,
-        shards=expand(RESULTS + "/sweep/shard_{shard}.parquet", shard=range(SHARDS)),
+        shards=expand(f"{RESULTS}/sweep/shard_{{shard}}.parquet", shard=range(SHARDS)),
     output:
-        table=update(RESULTS + "/sweep.parquet"),
-        inventory=update(RESULTS + "/sweep.json"),
+        table=update(f"{RESULTS}/sweep.parquet"),
+        inventory=update(f"{RESULTS}/sweep.json"),
     log:
-        RESULTS + "/logs/sweep.log",
+        f"{RESULTS}/logs/sweep.log",
     benchmark:
-        RESULTS + "/benchmarks/sweep.tsv"
-    params:
-        code=code_digest("sweep"),
+        f"{RESULTS}/benchmarks/sweep.tsv"
+    group:
+        "sweep"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=1000,
         runtime=10,
-    group:
-        "sweep"
+    params:
+        code=code_digest("sweep"),
     shell:
         "driftscope stage sweep-join {input.shards} --teacher {input.teacher} --candidate {input.candidate}"
         " --out {output.table} --inventory {output.inventory} 2> {log}"
@@ -51,20 +55,22 @@ rule weights:
         table=rules.sweep.output.table,
         inventory=rules.sweep.output.inventory,
     output:
-        update(RESULTS + "/weights.json"),
+        update(f"{RESULTS}/weights.json"),
     log:
-        RESULTS + "/logs/weights.log",
+        f"{RESULTS}/logs/weights.log",
     benchmark:
-        RESULTS + "/benchmarks/weights.tsv"
+        f"{RESULTS}/benchmarks/weights.tsv"
+    group:
+        "sweep"
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=1000,
+        runtime=10,
     params:
         low=CONFIG.sweep.band[0],
         high=CONFIG.sweep.band[1],
         code=code_digest("sweep"),
-    resources:
-        mem_mb=1000,
-        runtime=10,
-    group:
-        "sweep"
     shell:
         "driftscope stage weights {input.table} --inventory {input.inventory}"
         " --low {params.low} --high {params.high} --out {output} 2> {log}"

@@ -1,33 +1,31 @@
 CHUNKS = CONFIG.trace.chunks
 
 
-def state_before(wildcards):
-    """Return the residual stream that the chunk before left, or nothing for the first chunk."""
-    chunk = int(wildcards.chunk)
-    return f"{RESULTS}/trace/{wildcards.path}/state_{chunk - 1}.safetensors" if chunk else []
-
-
 rule trace_chunk:
     input:
         model=lambda wildcards: manifest_of(wildcards.path),
         prompts=PROMPTS,
         state=state_before,
     output:
-        table=update(RESULTS + "/trace/{path}/chunk_{chunk}.parquet"),
-        taps=update(RESULTS + "/trace/{path}/taps_{chunk}.safetensors"),
-        state=update(RESULTS + "/trace/{path}/state_{chunk}.safetensors"),
+        table=update(f"{RESULTS}/trace/{{path}}/chunk_{{chunk}}.parquet"),
+        taps=update(f"{RESULTS}/trace/{{path}}/taps_{{chunk}}.safetensors"),
+        state=update(f"{RESULTS}/trace/{{path}}/state_{{chunk}}.safetensors"),
     log:
-        RESULTS + "/logs/trace/{path}_{chunk}.log",
+        f"{RESULTS}/logs/trace/{{path}}_{{chunk}}.log",
     benchmark:
-        RESULTS + "/benchmarks/trace/{path}_{chunk}.tsv"
-    params:
-        chunks=CHUNKS,
-        keep=" ".join(f"--keep '{pattern}'" for pattern in CONFIG.trace.keep),
-        state_in=lambda wildcards, input: f"--state-in {input.state}" if input.state else "",
-        code=code_digest("trace"),
+        f"{RESULTS}/benchmarks/trace/{{path}}_{{chunk}}.tsv"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=3000,
         runtime=60,
+    params:
+        chunks=CHUNKS,
+        keep=" ".join(f"--keep '{pattern}'" for pattern in CONFIG.trace.keep),
+        state_in=lambda wildcards, input: (
+            f"--state-in {input.state}" if input.state else ""
+        ),
+        code=code_digest("trace"),
     shell:
         "driftscope stage trace {wildcards.path} --model {input.model} --prompts {input.prompts}"
         " --part {wildcards.chunk}/{params.chunks} {params.state_in} {params.keep} --out {output.table}"
@@ -38,20 +36,25 @@ rule trace:
     input:
         model=lambda wildcards: manifest_of(wildcards.path),
         prompts=PROMPTS,
-        chunks=expand(RESULTS + "/trace/{{path}}/chunk_{chunk}.parquet", chunk=range(CHUNKS)),
+        chunks=expand(
+            f"{RESULTS}/trace/{{{{path}}}}/chunk_{{chunk}}.parquet",
+            chunk=range(CHUNKS),
+        ),
     output:
-        update(RESULTS + "/trace/{path}.parquet"),
+        update(f"{RESULTS}/trace/{{path}}.parquet"),
     log:
-        RESULTS + "/logs/trace/{path}.log",
+        f"{RESULTS}/logs/trace/{{path}}.log",
     benchmark:
-        RESULTS + "/benchmarks/trace/{path}.tsv"
-    params:
-        code=code_digest("trace"),
+        f"{RESULTS}/benchmarks/trace/{{path}}.tsv"
+    group:
+        "collect"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=1000,
         runtime=10,
-    group:
-        "collect"
+    params:
+        code=code_digest("trace"),
     shell:
         "driftscope stage trace-join {wildcards.path} {input.chunks} --model {input.model}"
         " --prompts {input.prompts} --out {output} 2> {log}"
@@ -60,20 +63,24 @@ rule trace:
 rule divergence_chunk:
     input:
         prompts=PROMPTS,
-        taps=expand(RESULTS + "/trace/{path}/taps_{{chunk}}.safetensors", path=PATHS),
+        taps=expand(
+            f"{RESULTS}/trace/{{path}}/taps_{{{{chunk}}}}.safetensors", path=PATHS
+        ),
     output:
-        update(RESULTS + "/divergence/chunk_{chunk}.parquet"),
+        update(f"{RESULTS}/divergence/chunk_{{chunk}}.parquet"),
     log:
-        RESULTS + "/logs/divergence/{chunk}.log",
+        f"{RESULTS}/logs/divergence/{{chunk}}.log",
     benchmark:
-        RESULTS + "/benchmarks/divergence/{chunk}.tsv"
+        f"{RESULTS}/benchmarks/divergence/{{chunk}}.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=2000,
+        runtime=30,
     params:
         taps=lambda wildcards, input: labelled("taps", PATHS, input.taps),
         pairs=" ".join(f"--pair '{pair}'" for pair in PAIRS),
         code=code_digest("divergence"),
-    resources:
-        mem_mb=2000,
-        runtime=30,
     shell:
         "driftscope stage divergence --prompts {input.prompts} {params.taps} {params.pairs}"
         " --out {output} 2> {log}"
@@ -81,20 +88,22 @@ rule divergence_chunk:
 
 rule divergence:
     input:
-        expand(RESULTS + "/divergence/chunk_{chunk}.parquet", chunk=range(CHUNKS)),
+        expand(f"{RESULTS}/divergence/chunk_{{chunk}}.parquet", chunk=range(CHUNKS)),
     output:
-        update(RESULTS + "/divergence.parquet"),
+        update(f"{RESULTS}/divergence.parquet"),
     log:
-        RESULTS + "/logs/divergence.log",
+        f"{RESULTS}/logs/divergence.log",
     benchmark:
-        RESULTS + "/benchmarks/divergence.tsv"
-    params:
-        code=code_digest("divergence"),
+        f"{RESULTS}/benchmarks/divergence.tsv"
+    group:
+        "collect"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=1000,
         runtime=10,
-    group:
-        "collect"
+    params:
+        code=code_digest("divergence"),
     shell:
         "driftscope stage divergence-join {input} --out {output} 2> {log}"
 
@@ -104,21 +113,23 @@ rule admissibility:
         prompts=PROMPTS,
         teacher=TEACHER,
         candidate=CANDIDATE,
-        traces=expand(RESULTS + "/trace/{path}.parquet", path=PATHS),
+        traces=expand(f"{RESULTS}/trace/{{path}}.parquet", path=PATHS),
     output:
-        update(RESULTS + "/admissibility.json"),
+        update(f"{RESULTS}/admissibility.json"),
     log:
-        RESULTS + "/logs/admissibility.log",
+        f"{RESULTS}/logs/admissibility.log",
     benchmark:
-        RESULTS + "/benchmarks/admissibility.tsv"
-    params:
-        traces=lambda wildcards, input: labelled("trace", PATHS, input.traces),
-        code=code_digest("divergence"),
+        f"{RESULTS}/benchmarks/admissibility.tsv"
+    group:
+        "collect"
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=1000,
         runtime=10,
-    group:
-        "collect"
+    params:
+        traces=lambda wildcards, input: labelled("trace", PATHS, input.traces),
+        code=code_digest("divergence"),
     shell:
         "driftscope stage admissibility --prompts {input.prompts} --teacher {input.teacher}"
         " --candidate {input.candidate} {params.traces} --out {output} 2> {log}"

@@ -19,8 +19,8 @@ STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
     "trace": ("artifacts", "kernels", "forward", "engines", "evidence"),
     "divergence": ("kernels", "analysis", "evidence"),
     "decompose": ("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
-    "measure": ("kernels", "falsifiers", "analysis", "contracts", "evidence"),
-    "judge": ("contracts", "evidence"),
+    "measure": ("kernels", "falsifiers", "analysis", "evidence"),
+    "judge": ("contracts", "report", "evidence"),
     "report": ("report", "evidence"),
 }
 """The packages whose code decides a stage's evidence; imports run one way, so the list is closed."""

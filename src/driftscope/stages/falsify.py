@@ -9,7 +9,8 @@ from typing import Any
 from driftscope.contracts import commands
 from driftscope.evidence.digest import sha256_file
 from driftscope.evidence.header import EvidenceHeader
-from driftscope.evidence.store import read_json, write_json
+from driftscope.evidence.store import read_json, read_table, write_json
+from driftscope.report.weights import weights_section
 
 
 def measure(contract: Path, falsifier: str, results: Path, out: Path) -> None:
@@ -30,17 +31,23 @@ def judge(contract: Path, falsifier: str, measurement: Path, out: Path) -> str:
 
 
 def gate_documents(results: Path) -> dict[str, Any]:
-    """Return the evidence documents that gates may read, by name; what is not there is absent."""
-    names = {
-        "admissibility": "admissibility.json",
-        "sweep": "weights.json",
-        "inventory": "sweep.json",
-        "decomposition": "decomposition.json",
-        "impact": "impact.json",
-    }
+    """Return what gates may read, under the names of the report's sections; what is not there is absent."""
     documents: dict[str, Any] = {
-        name: read_json(results / file) for name, file in names.items() if (results / file).is_file()
+        name: read_json(results / f"{name}.json")
+        for name in ("admissibility", "decomposition", "impact")
+        if (results / f"{name}.json").is_file()
     }
+    sweep = [results / name for name in ("sweep.parquet", "sweep.json", "weights.json")]
+    if all(file.is_file() for file in sweep):
+        table, inventory, summary = sweep
+        documents["weights"] = weights_section(
+            {
+                "name": results.name,
+                "sweep": read_table(table, "sweep"),
+                "sweep_inventory": read_json(inventory),
+                "sweep_summary": read_json(summary),
+            }
+        )
     for file in sorted((results / "falsifiers").glob("*.verdict.json")):
         documents.setdefault("falsifiers", {})[file.name.removesuffix(".verdict.json")] = read_json(file)
     return documents
@@ -59,7 +66,8 @@ def gates(contracts: Path, results: Path, out: Path) -> dict[str, str]:
 
 
 def _read_by_gates(results: Path) -> list[str]:
-    names = ["admissibility.json", "weights.json", "sweep.json", "decomposition.json", "impact.json"]
+    names = ["admissibility.json", "weights.json", "sweep.json", "sweep.parquet"]
+    names += ["decomposition.json", "impact.json"]
     found = [name for name in names if (results / name).is_file()]
     return found + [
         f"falsifiers/{file.name}" for file in sorted((results / "falsifiers").glob("*.verdict.json"))
@@ -75,5 +83,5 @@ def published(figures: Path, results: Path, out: Path) -> dict[str, int]:
     present = {name: file for name, file in files.items() if file.is_file()}
     judged = judge_published(listed, {name: read_json(file) for name, file in present.items()})
     inputs = {f"falsifiers/{file.name}": sha256_file(file) for file in present.values()}
-    write_json({"published": judged}, out, EvidenceHeader.of("measure", inputs, {}))
+    write_json({"published": judged}, out, EvidenceHeader.of("judge", inputs, {}))
     return dict(Counter(item["verdict"] for item in judged))

@@ -24,16 +24,15 @@ DOCUMENTS = {
 
 def collect(config: Config, results: Path, paths: tuple[str, ...]) -> dict[str, Any]:
     """Gather the evidence of a results folder for `driftscope.report.build.build_report`."""
+    headers: dict[str, Any] = {}
     evidence: dict[str, Any] = {
         "name": config.name,
         "title": config.title,
         "config": sha256_json(config.canonical()),
         "code": code_digest("report"),
-        "headers": {},
         "traces": {},
-        "models": _models(config, results, evidence_headers := {}),
+        "models": _models(config, results, headers),
     }
-    headers: dict[str, Any] = evidence_headers
     for key, (file, schema) in TABLES.items():
         if (results / file).is_file():
             evidence[key] = read_table(results / file, schema)

@@ -12,6 +12,11 @@ from driftscope.config import load_config
 from driftscope.errors import InputError
 
 
+def report_path(config: Path) -> Path:
+    """Return where the report of a configuration is, relative to the workflow's folder."""
+    return Path("results") / f"{load_config(config).name}_report.json"
+
+
 def run_workflow(config: Path, cores: int, *, dry_run: bool) -> tuple[int, str]:
     """Run Snakemake on a configuration, in the current folder, which holds the Snakefile.
 
@@ -20,12 +25,13 @@ def run_workflow(config: Path, cores: int, *, dry_run: bool) -> tuple[int, str]:
     """
     if not Path("Snakefile").is_file():
         raise InputError("no Snakefile in this folder; run driftscope in a checkout of the workflow")
-    name = load_config(config).name
+    report = report_path(config)
     command = [
         *(sys.executable, "-m", "snakemake"),
-        *("--cores", str(cores), "--configfile", str(config), "--rerun-incomplete"),
+        *("--cores", str(cores), "--configfile", str(config)),
+        *("--workflow-profile", "workflow/profiles/default"),
         *(["--dry-run"] if dry_run else []),
-        f"results/{name}_report.json",
+        str(report),
     ]
     with tempfile.TemporaryDirectory(prefix="driftscope-") as folder:
         failures = Path(folder) / "failures"
