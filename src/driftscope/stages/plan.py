@@ -142,7 +142,7 @@ def plan_case(values: Mapping[str, Any], files: Sequence[str | Path], workflow_f
     Raises:
         InputError: the configuration or a contract is not valid.
     """
-    origin = str(files[-1]) if files else "config/config.yaml"
+    origin = _from_here(files[-1]) if files else "config/config.yaml"
     config = parse_config(dict(values), origin)
     if not config.origin:
         config = config.model_copy(update={"origin": origin})
@@ -159,3 +159,13 @@ def plan_case(values: Mapping[str, Any], files: Sequence[str | Path], workflow_f
     for model in plan.fetched:
         plan.pin(model)
     return plan
+
+
+def _from_here(path: str | Path) -> str:
+    """Return a path relative to the working folder if it is below it.
+
+    Snakemake gives a ``--configfile`` as an absolute path and the Snakefile's own as it is written there;
+    the inputs named by it must be the same either way, or the one run after the other would begin anew.
+    """
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
