@@ -86,8 +86,8 @@ class SweepSpec(_Section):
     band: Annotated[
         tuple[float, float],
         Field(
-            description="measured over expected NMSE within which a tensor counts as quantized from the other; "
-            "a judgement: editing it compares nothing anew"
+            description="measured over expected NMSE within which a tensor counts as quantized from the "
+            "other; a judgement: editing it compares nothing anew"
         ),
     ] = (0.0, 1.6)
 

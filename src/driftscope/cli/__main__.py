@@ -1,0 +1,5 @@
+"""``python -m driftscope.cli``."""
+
+from driftscope.cli import main
+
+main()
