@@ -1,4 +1,4 @@
-"""Write the parts of the reference pages that come from the code.
+"""Write the parts of the pages that come from the code.
 
 A generated part stands between the lines ``<!-- generated: NAME -->`` and ``<!-- end -->`` of a page; the
 rest of the page is written by hand.
@@ -283,6 +283,27 @@ def taps() -> str:
     return table(("tap", "weights", "capture point in a llama"), rows)
 
 
+def weight_formats() -> str:
+    """Return the storage formats of weights, with the activation format that ggml pairs with each."""
+    from driftscope.kernels.formats import FORMATS
+
+    offset = {"none": "", "subtract": "minimum a sub-block, subtracted", "add": "minimum a block, added"}
+    rows = [
+        (
+            f"`{item.name}`",
+            f"{item.block_size} in {item.block_bytes} bytes",
+            str(item.sub_block or ""),
+            offset[item.offset],
+            f"`{item.activation}`" if item.native else "",
+        )
+        for item in FORMATS.values()
+        if item.native
+    ]
+    other = ", ".join(f"`{item.name}`" for item in FORMATS.values() if not item.native)
+    head = ("format", "values in a block", "values a scale", "offset", "activation")
+    return f"{table(head, rows)}\n\nRead through the gguf package: {other}."
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "command-line": command_line,
     "stage-commands": stage_commands,
@@ -290,6 +311,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "taps": taps,
     "code-packages": code_packages,
     "configuration": configuration,
+    "weight-formats": weight_formats,
 }
 
 
@@ -300,13 +322,13 @@ def render(page: str) -> str:
 
 def main() -> int:
     """Rewrite the pages, or check them."""
-    parser = argparse.ArgumentParser(description="write the generated parts of docs/reference")
+    parser = argparse.ArgumentParser(description="write the generated parts of the pages")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 if a page is not up to date"
     )
     check = parser.parse_args().check
     stale = []
-    for path in sorted(REFERENCE.glob("*.md")):
+    for path in sorted(DOCS.rglob("*.md")):
         before = path.read_text("utf-8")
         after = render(before)
         if after != before:
