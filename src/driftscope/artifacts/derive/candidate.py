@@ -11,24 +11,24 @@ from numpy.typing import NDArray
 
 from driftscope.artifacts.derive.atomic import atomic_file
 from driftscope.artifacts.derive.gguf_metadata import (
-    INTERLEAVED,
     add_hyperparameters,
     add_vocabulary,
     gguf_architecture,
     rope_frequency_factors,
 )
-from driftscope.artifacts.derive.quantize import quantize, row_bytes
+from driftscope.artifacts.derive.quantize import quantize
 from driftscope.artifacts.derive.recipe import scheme as look_up
 from driftscope.artifacts.derive.recipe import tensor_formats
 from driftscope.artifacts.derive.rows import slabs
+from driftscope.artifacts.derive.source import source_of_copy
 from driftscope.artifacts.model import Artifact, ModelConfig
-from driftscope.artifacts.rope_factors import without_stored_factors
+from driftscope.artifacts.names import INTERLEAVED_ARCHITECTURES, ROPE_FREQS, to_gguf
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder
 from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_folder, vocabulary_from_gguf
 from driftscope.errors import InputError
+from driftscope.kernels.formats import row_bytes
 
-_ROPE_FREQS = "rope_freqs.weight"
 _MAX_F16 = 65504.0
 
 
@@ -54,11 +54,12 @@ def write_candidate(
         progress: called with (values written, values in all) after each tensor.
 
     Raises:
-        InputError: an unknown scheme or architecture, a tokenizer that GGUF cannot hold, a value that is
-            not finite or that the format cannot hold, or no space on the disk.
+        InputError: an unknown scheme or architecture, a tensor that is missing or would be lost, a tokenizer
+            that GGUF cannot hold, a value that is not finite or that the format cannot hold, or no space on
+            the disk.
     """
     chosen = look_up(scheme)
-    teacher = without_stored_factors(teacher)
+    teacher = source_of_copy(teacher)
     architecture = gguf_architecture(teacher)
     names = _gguf_names(teacher, architecture)
     factors = rope_frequency_factors(teacher.config)
@@ -81,7 +82,7 @@ def write_candidate(
         add_hyperparameters(writer, teacher.config, str(teacher.path))
         add_vocabulary(writer, vocabulary)
         if factors is not None:
-            _declare(writer, _ROPE_FREQS, factors.shape, "F32")
+            _declare(writer, ROPE_FREQS, factors.shape, "F32")
         for name, shape in shapes.items():
             _declare(writer, name, shape, formats[name])
         writer.write_header_to_file(partial)
@@ -124,7 +125,7 @@ class _TensorStream:
 
 
 def _declare(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], fmt: str) -> None:
-    nbytes = row_bytes(shape[-1], fmt)
+    nbytes = row_bytes(fmt, shape[-1])
     for dim in shape[:-1]:
         nbytes *= dim
     # The numpy dtype matters to the writer only where it is uint8, which would make the shape one of bytes.
@@ -137,11 +138,9 @@ def _gguf_names(teacher: Artifact, architecture: str) -> dict[str, str]:
     Raises:
         InputError: a tensor that GGUF has no name for; it would be lost.
     """
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    table = gguf.get_tensor_name_map(number, teacher.config.num_layers)
     names = {}
     for name in teacher.tensors:
-        stored = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        stored = to_gguf(name)
         if stored is None:
             raise InputError(f"{teacher.path}: tensor {name!r} has no name in GGUF's {architecture}")
         names[name] = stored
@@ -162,13 +161,13 @@ def _vocabulary(teacher: Artifact) -> Vocabulary | None:
 def _stored_order(tensor: TensorRef, config: ModelConfig, architecture: str) -> NDArray[np.int64] | None:
     """Row of the teacher's file for each row of the candidate's, or None where they are the same.
 
-    For the architectures in `INTERLEAVED`, candidate row ``2 j + s`` of a head is canonical row
-    ``s * head_dim / 2 + j`` (llama.cpp, ``conversion/llama.py``, ``LlamaModel.permute``).
+    For the architectures in `INTERLEAVED_ARCHITECTURES`, candidate row ``2 j + s`` of a head is canonical
+    row ``s * head_dim / 2 + j`` (llama.cpp, ``conversion/llama.py``, ``LlamaModel.permute``).
     """
     canonical = tensor.row_order()
     heads = {"self_attn.q_proj.weight": config.num_heads, "self_attn.k_proj.weight": config.num_kv_heads}
     n_heads = next((count for suffix, count in heads.items() if tensor.name.endswith(suffix)), 0)
-    if architecture not in INTERLEAVED or not n_heads:
+    if architecture not in INTERLEAVED_ARCHITECTURES or not n_heads:
         return canonical
     half = tensor.n_rows // n_heads // 2
     order = np.arange(tensor.n_rows, dtype=np.int64).reshape(n_heads, 2, half).swapaxes(1, 2).reshape(-1)

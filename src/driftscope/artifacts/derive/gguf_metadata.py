@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import gguf
@@ -10,14 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.artifacts.model import Artifact, ModelConfig
+from driftscope.artifacts.names import GGUF_ARCHITECTURES
+from driftscope.artifacts.rope_factors import llama3_factors
 from driftscope.artifacts.vocabulary import SPECIAL_KEYS, Vocabulary
 from driftscope.errors import InputError
-
-# Hugging Face's model_type to GGUF's architecture.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-
-# Architectures whose q and k rows GGUF stores interleaved within a head.
-INTERLEAVED = frozenset({"llama"})
 
 
 def gguf_architecture(artifact: Artifact) -> str:
@@ -26,11 +21,11 @@ def gguf_architecture(artifact: Artifact) -> str:
     Raises:
         InputError: there is none here.
     """
-    architecture = ARCHITECTURES.get(artifact.config.architecture)
+    architecture = GGUF_ARCHITECTURES.get(artifact.config.architecture)
     if architecture is None:
         raise InputError(
             f"{artifact.path}: architecture {artifact.config.architecture!r} cannot be written as GGUF; "
-            f"expected one of {', '.join(sorted(ARCHITECTURES))}"
+            f"expected one of {', '.join(sorted(GGUF_ARCHITECTURES))}"
         )
     return architecture
 
@@ -88,26 +83,19 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: dict[str, Any], where: s
 def rope_frequency_factors(config: ModelConfig) -> NDArray[np.float32] | None:
     """Llama 3's divisors of the rotary frequencies as ``float32[head_dim / 2]``, or None.
 
-    Long wavelengths are divided by `factor`, short ones are left, those between are interpolated
-    (Llama 3.1's ``rope_type: llama3``). GGUF stores them as the tensor ``rope_freqs.weight``.
+    GGUF stores them as the tensor ``rope_freqs.weight``.
     """
     scaling = dict(config.rope_scaling or {})
     if scaling.get("rope_type", scaling.get("type")) != "llama3":
         return None
-    factor = float(scaling.get("factor", 8.0))
-    low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
-    context = float(scaling.get("original_max_position_embeddings", 8192))
-    factors = []
-    for index in range(0, config.head_dim, 2):
-        wavelength = 2 * math.pi * config.rope_theta ** (index / config.head_dim)
-        if wavelength < context / high:
-            factors.append(1.0)
-        elif wavelength > context / low:
-            factors.append(factor)
-        else:
-            smooth = (context / wavelength - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.asarray(factors, dtype=np.float32)
+    return llama3_factors(
+        config.rope_theta,
+        config.head_dim,
+        factor=float(scaling.get("factor", 8.0)),
+        low=float(scaling.get("low_freq_factor", 1.0)),
+        high=float(scaling.get("high_freq_factor", 4.0)),
+        original_length=int(scaling.get("original_max_position_embeddings", 8192)),
+    ).astype(np.float32)
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary | None) -> None:

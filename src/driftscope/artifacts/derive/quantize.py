@@ -11,11 +11,7 @@ import libgguf
 import numpy as np
 from numpy.typing import NDArray
 
-
-def row_bytes(columns: int, fmt: str) -> int:
-    """Bytes of a row of `columns` values; the format's block size divides `columns`."""
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[fmt]]
-    return int(columns // block * size)
+from driftscope.kernels.formats import row_bytes
 
 
 def quantize(rows: NDArray[np.float32], fmt: str, *, threads: int = 1) -> NDArray[np.uint8]:
@@ -31,7 +27,7 @@ def quantize(rows: NDArray[np.float32], fmt: str, *, threads: int = 1) -> NDArra
         ``uint8[n, row_bytes]``.
     """
     kind = int(gguf.GGMLQuantizationType[fmt])
-    out = np.empty((rows.shape[0], row_bytes(rows.shape[1], fmt)), dtype=np.uint8)
+    out = np.empty((rows.shape[0], row_bytes(fmt, rows.shape[1])), dtype=np.uint8)
     if fmt in ("F32", "F16", "BF16"):
         out[:] = gguf.quants.quantize(rows, gguf.GGMLQuantizationType(kind)).view(np.uint8).reshape(out.shape)
         return out

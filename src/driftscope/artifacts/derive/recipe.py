@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from driftscope.errors import InputError
+from driftscope.kernels.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,6 @@ SCHEMES: dict[str, Scheme] = {
     "Q6_K": Scheme(18, "Q6_K"),
 }
 
-_BLOCK_SIZE = {
-    "Q4_K": 256,
-    "Q5_K": 256,
-    "Q6_K": 256,
-    "Q4_0": 32,
-    "Q4_1": 32,
-    "Q5_0": 32,
-    "Q5_1": 32,
-    "Q8_0": 32,
-}
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
@@ -99,7 +90,7 @@ def tensor_formats(
     for tensor, shape in shapes.items():
         if tensor not in matrices or not tensor.endswith("weight") or "_norm.weight" in tensor:
             formats[tensor] = "F32"
-        elif chosen.base not in _BLOCK_SIZE:
+        elif not FORMATS[chosen.base].is_integer:
             formats[tensor] = chosen.base
         else:
             wanted = _wanted(tensor, shape[-1], chosen, n_layers, tied=tied, is_70b=is_70b)
@@ -110,7 +101,7 @@ def tensor_formats(
 def _wanted(tensor: str, columns: int, chosen: Scheme, n_layers: int, *, tied: bool, is_70b: bool) -> str:
     """The format by role, before rows that do not fit its blocks are looked at."""
     if tensor == "output.weight" or (tied and tensor == "token_embd.weight"):
-        if columns % _BLOCK_SIZE[chosen.base] or chosen.base == "Q8_0":
+        if columns % FORMATS[chosen.base].block_size or chosen.base == "Q8_0":
             return "Q8_0"
         return "Q6_K"
     match = _LAYER.match(tensor)
@@ -132,6 +123,6 @@ def gets_more_bits(layer: int, n_layers: int) -> bool:
 
 def _fitting(wanted: str, columns: int) -> str:
     """`wanted`, or what llama.cpp takes where a row is not a whole number of its blocks."""
-    if columns % _BLOCK_SIZE[wanted]:
+    if columns % FORMATS[wanted].block_size:
         wanted = _FALLBACK.get(wanted, wanted)
-    return "F16" if columns % _BLOCK_SIZE[wanted] else wanted
+    return "F16" if columns % FORMATS[wanted].block_size else wanted

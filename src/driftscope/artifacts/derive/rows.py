@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.artifacts.tensor import TensorRef
+from driftscope.kernels.dequantize import dequantize
 
 # Values of one slab: 64 MiB as f32, so that a few slabs in flight stay small beside the model.
 SLAB_VALUES = 16 * 2**20
@@ -29,5 +29,4 @@ def slabs(
     for start in range(0, tensor.n_rows, rows):
         stop = min(start + rows, tensor.n_rows)
         stored = raw[start:stop] if order is None else raw[order[start:stop]]
-        kind = gguf.GGMLQuantizationType[tensor.dtype]
-        yield gguf.quants.dequantize(np.ascontiguousarray(stored), kind).astype(np.float32, copy=False)
+        yield dequantize(stored, tensor.dtype)

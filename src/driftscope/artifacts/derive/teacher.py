@@ -15,8 +15,8 @@ from driftscope.artifacts.derive.atomic import atomic_folder
 from driftscope.artifacts.derive.hf_config import hf_config
 from driftscope.artifacts.derive.rows import slabs
 from driftscope.artifacts.derive.safetensors_file import SafetensorsWriter
+from driftscope.artifacts.derive.source import source_of_copy
 from driftscope.artifacts.model import Artifact
-from driftscope.artifacts.rope_factors import without_stored_factors
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder, tokenizer_from_vocabulary
 from driftscope.artifacts.vocabulary import PRE_NAME_KEY, Vocabulary, vocabulary_from_gguf
@@ -59,14 +59,14 @@ def write_teacher(
         progress: called with (bytes written, bytes in all) after each tensor.
 
     Raises:
-        InputError: an unknown dtype or architecture, a tokenizer that cannot be read, values that the
-            dtype cannot hold, or no space on the disk.
+        InputError: an unknown dtype or architecture, a tensor that is missing or would be lost, a tokenizer
+            that cannot be read, values that the dtype cannot hold, or no space on the disk.
     """
     if dtype not in _BYTES:
         raise InputError(f"teacher: dtype {dtype!r} is not supported; expected one of {', '.join(_BYTES)}")
     if max_shard_bytes < 1:
         raise InputError(f"teacher: max_shard_bytes is {max_shard_bytes}; expected a positive number")
-    source = without_stored_factors(source)
+    source = source_of_copy(source)
     vocabulary = _vocabulary(source)
     shards = _shards(source, dtype, max_shard_bytes)
     total = sum(tensor.n_elements for tensor in source.tensors.values()) * _BYTES[dtype]
@@ -121,6 +121,8 @@ def _shards(source: Artifact, dtype: str, max_shard_bytes: int) -> list[list[Ten
 
 def _values(tensor: TensorRef, dtype: str) -> Iterator[NDArray[Any]]:
     """The tensor's values in the wanted format, slab by slab, in canonical row order."""
+    if tensor.dtype == "F64":
+        raise InputError(f"{tensor.file}: {tensor.name} is F64; a teacher holds at most F32")
     for slab in slabs(tensor, tensor.row_order()):
         yield slab if dtype == "F32" else _narrow(slab, dtype, tensor)
 
