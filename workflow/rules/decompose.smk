@@ -17,6 +17,7 @@ rule base_pass:
     resources:
         mem_mb=4000,
         runtime=60,
+        gpu=0,
     params:
         minimum=CONFIG.decomposition.minimum_positions,
         code=code_digest("decompose"),
@@ -42,6 +43,7 @@ rule counterfactuals:
     resources:
         mem_mb=4000,
         runtime=240,
+        gpu=0,
     params:
         jobs=JOBS,
         bases=lambda wildcards, input: labelled("base", PATHS, input.bases),

@@ -14,6 +14,8 @@ if CASE.fetched:
         wildcard_constraints:
             model="|".join(CASE.fetched),
         retries: 1
+        # Compute nodes often have no route out; the machine that Snakemake runs on has.
+        localrule: True
         conda:
             ENVIRONMENT
         resources:

@@ -16,6 +16,7 @@ rule sweep_shard:
     resources:
         mem_mb=2000,
         runtime=60,
+        gpu=0,
     params:
         shards=SHARDS,
         code=code_digest("sweep"),

@@ -19,6 +19,7 @@ rule trace_chunk:
     resources:
         mem_mb=3000,
         runtime=60,
+        gpu=0,
     params:
         chunks=CHUNKS,
         keep=" ".join(f"--keep '{pattern}'" for pattern in CONFIG.trace.keep),
