@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import polars as pl
 import pytest
 import typer
 import yaml
 
 from driftscope.cli import app
 from driftscope.config import Config, parse_config
+from driftscope.contracts import commands as contract_commands
+from driftscope.falsifiers import reader, registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -107,3 +110,43 @@ def test_configuration_snippets_are_valid(page: Path) -> None:
             continue
         models = {**default["models"], **values.get("models", {})}
         parse_config({**default, **values, "models": models}, page_id(page))
+
+
+class Folder:
+    """Evidence of a trace in which the first token is far larger than the others."""
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def table(self, name: str, schema: str) -> pl.DataFrame:
+        rows = []
+        for layer in range(8):
+            for tap in ("post_attn_residual", "post_ffn_residual"):
+                base = {"layer": layer, "tap": tap}
+                rows.append({**base, "scope": "token", "position": 0, "rms": 20.0 + layer, "count": 64})
+                rows.append({**base, "scope": "all", "position": -1, "rms": 9.0 + layer, "count": 6 * 64})
+        return pl.DataFrame(rows)
+
+
+def test_the_example_of_a_falsifier_measures_and_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "docs" / "howto" / "add-a-falsifier.md"
+    (tmp_path / "first_token.py").write_text(next(blocks(page, "python")), "utf-8")
+    (tmp_path / "contract.yaml").write_text(next(blocks(page, "yaml")), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry.MEASUREMENTS, "first_token", "first_token")
+    monkeypatch.setattr(reader, "FolderReader", lambda folder: Folder())
+    contract = tmp_path / "contract.yaml"
+    contract_commands.validate([contract])
+    measured = contract_commands.measure(contract, "first-token-energy", tmp_path)
+    verdict = contract_commands.judge(contract, "first-token-energy", measured)
+    assert verdict["verdict"] == "supported"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("add-a-falsifier.md", "tutorial.md")], ids=page_id
+)
+def test_python_on_the_pages_runs(page: Path) -> None:
+    for body in blocks(page, "python"):
+        exec(compile(body, page_id(page), "exec"), {})
