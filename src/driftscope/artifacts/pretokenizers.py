@@ -8,7 +8,8 @@ GGUF stores only a name (``tokenizer.ggml.pre``); what the name means is compile
 
 llama.cpp never normalizes text for these vocabularies. Where the original tokenizer does (Qwen2 applies
 NFC), the table follows the original: it is what the model was trained with. The two then differ for
-text that is not in NFC, such as a letter followed by a combining accent.
+text that is not in NFC, such as a letter followed by a combining accent. Likewise ``tekken``: llama.cpp's
+expression leaves out the combining marks that the original takes for letters.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from driftscope.artifacts.files import read_json_object
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.pretokenizers import pre_tokenizer
 from driftscope.artifacts.vocabulary import (
@@ -17,7 +18,6 @@ from driftscope.artifacts.vocabulary import (
     USER_DEFINED,
     Vocabulary,
     read_chat_template,
-    read_json_file,
     read_tokenizer_config,
     special_tokens_of_config,
     vocabulary_from_gguf,
@@ -105,7 +105,7 @@ def tokenizer_from_folder(folder: Path, vocab_size: int) -> Tokenizer:
         InputError: missing, malformed, or with ids that the model has no embedding for.
     """
     path = folder / "tokenizer.json"
-    document = read_json_file(path)
+    document = read_json_object(path)
     config = read_tokenizer_config(folder)
     backend = _load(json.dumps(document), str(path))
     largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -159,7 +159,10 @@ def _document(vocabulary: Vocabulary, where: str) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            # A byte without a token is dropped, as llama.cpp does: an unknown token here would change ids.
+            # A byte without a token is dropped, as in the original tokenizers and in llama.cpp; an unknown
+            # token here would change ids. The original drops it before pairs are merged, so that its
+            # neighbours may merge; llama.cpp does so afterwards. SmolLM2 lacks bytes that only code points
+            # from U+40000 to U+7FFFF have, of which none is assigned.
             "unk_token": None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from driftscope.artifacts.files import read_json_object
 from driftscope.artifacts.pretokenizers import find_name, pre_tokenizer
 from driftscope.errors import InputError
 
@@ -26,8 +26,6 @@ SPECIAL_KEYS = {
 
 # Key of tokenizer_config.json that keeps the GGUF name of the pre-tokenizer.
 PRE_NAME_KEY = "driftscope_pre_tokenizer"
-
-_MAX_JSON_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def vocabulary_from_folder(folder: Path, vocab_size: int) -> Vocabulary:
             name for.
     """
     path = folder / "tokenizer.json"
-    document = read_json_file(path)
+    document = read_json_object(path)
     config = read_tokenizer_config(folder)
     model = document.get("model")
     if not isinstance(model, Mapping) or model.get("type") != "BPE":
@@ -193,30 +191,10 @@ def vocabulary_from_folder(folder: Path, vocab_size: int) -> Vocabulary:
     ).check(vocab_size, str(path))
 
 
-def read_json_file(path: Path) -> dict[str, Any]:
-    """Parse a JSON object of bounded size.
-
-    Raises:
-        InputError: missing, too large, not JSON or not an object.
-    """
-    try:
-        size = path.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise InputError(f"{path}: {size} bytes; expected at most {_MAX_JSON_BYTES}")
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return document
-
-
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json`` of a model folder, or an empty dictionary where there is none."""
     path = folder / "tokenizer_config.json"
-    return read_json_file(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
