@@ -108,7 +108,7 @@ rule impact:
 
 rule fix_scope:
     input:
-        decomposition=rules.decompose.output.document,
+        table=rules.impact.output.table,
         impact=rules.impact.output.document,
     output:
         update(f"{RESULTS}/fix_scope.json"),
@@ -124,6 +124,9 @@ rule fix_scope:
         mem_mb=500,
         runtime=5,
     params:
+        config=RESOLVED,
+        resampling=CASE.resampling,
         code=code_digest("decompose"),
     shell:
-        "driftscope stage fix-scope {input.decomposition} --impact {input.impact} --out {output} 2> {log}"
+        "driftscope stage fix-scope --table {input.table} --impact {input.impact}"
+        " --config {params.config} --out {output} 2> {log}"

@@ -81,6 +81,21 @@ def summarise(frame: pl.DataFrame, resampling: Resampling) -> dict[str, Any]:
     }
 
 
+def mean_kl_difference(
+    frame: pl.DataFrame, first: str, second: str, resampling: Resampling
+) -> tuple[float, float, float]:
+    """Return mean KL of pair `first` less that of pair `second`, with its paired block-bootstrap interval.
+
+    Both pairs are over the same positions, so each sample draws the same blocks of both.
+    """
+    a, b = (frame.filter(frame["pair"] == pair) for pair in (first, second))
+    difference = a["kl"].to_numpy() - b["kl"].to_numpy()
+    blocks = position_blocks(a["sequence"].to_list(), resampling.block_positions)
+    values = np.stack([difference, np.ones(len(difference))])
+    drawn = resampled_sums(values, blocks, resampling.resamples, resampling.seed)
+    return (float(difference.mean()), *interval(drawn[0] / drawn[1], resampling.confidence))
+
+
 def _summary(pair: str, part: pl.DataFrame, resampling: Resampling) -> dict[str, Any]:
     sequences = part["sequence"].to_list()
     kl = part["kl"].to_numpy()

@@ -233,11 +233,17 @@ def impact(
 
 
 @stage.command()
-def fix_scope(decomposition: Path, impact_file: Annotated[Path, typer.Option("--impact")], out: Out) -> None:
+def fix_scope(
+    table: Annotated[Path, typer.Option(help="impact by position")],
+    impact: Annotated[Path, typer.Option(help="its summary")],
+    config: ConfigFile,
+    out: Out,
+) -> None:
     """Put the options of a fix side by side."""
+    from driftscope.config import load_config
     from driftscope.stages import decompose
 
-    decompose.fix_scope(decomposition, impact_file, out)
+    decompose.fix_scope(table, impact, load_config(config).decomposition, out)
 
 
 @stage.command()

@@ -234,32 +234,33 @@ def impact(
     )
 
 
-def fix_scope(decomposition: Path, impact_file: Path, out: Path) -> None:
-    """Judge no fix: put side by side what each option costs against the teacher."""
-    document = read_json(impact_file)
-    pairs = {pair["pair"]: pair for pair in document["pairs"]}
+def fix_scope(impact_table: Path, impact_file: Path, spec: DecompositionSpec, out: Path) -> None:
+    """Put what each option of a fix costs against the teacher side by side, position by position."""
+    from driftscope.analysis.impact import mean_kl_difference
+
+    pairs = {pair["pair"]: pair for pair in read_json(impact_file)["pairs"]}
+    integer, f32 = "teacher.f32|candidate.int8-dot", "teacher.f32|candidate.f32"
+    fields = ("positions", "mean_kl", "mean_kl_low", "mean_kl_high", "same_top1")
     options = [
-        {
-            "option": option,
-            "path": path,
-            "mean_kl_to_teacher": pairs[f"teacher.f32|{path}"]["mean_kl"],
-            "mean_kl_low": pairs[f"teacher.f32|{path}"]["mean_kl_low"],
-            "mean_kl_high": pairs[f"teacher.f32|{path}"]["mean_kl_high"],
-            "same_top1": pairs[f"teacher.f32|{path}"]["same_top1"],
-        }
-        for option, path in (
-            ("A: integer arithmetic at every site", "candidate.int8-dot"),
-            ("B: f32 arithmetic at every site", "candidate.f32"),
+        {"option": name, "what": what, "pair": pair, **{field: pairs[pair][field] for field in fields}}
+        for name, what, pair in (
+            ("A", "integer arithmetic at every site", integer),
+            ("B", "f32 arithmetic at every site", f32),
         )
     ]
+    difference, low, high = mean_kl_difference(
+        read_table(impact_table, "impact"), integer, f32, _resampling(spec)
+    )
+    closer = "B" if low > 0 else "A" if high < 0 else "undecided"
     result = {
         "options": options,
-        "positions": document["pairs"][0]["positions"],
-        "fidelity": "mean KL to the teacher in nats over the texts' positions; lower is closer to the truth",
+        "a_minus_b": {"mean_kl": difference, "low": low, "high": high},
+        "confidence": spec.confidence,
+        "closer_to_teacher": closer,
         "parity": {"status": "not-run", "reason": "parity with another engine needs that engine's trace"},
     }
-    inputs = {"impact": sha256_file(impact_file), "decomposition": sha256_file(decomposition)}
-    write_json(result, out, EvidenceHeader.of("decompose", inputs, {}))
+    inputs = {"impact": sha256_file(impact_file), "table": sha256_file(impact_table)}
+    write_json(result, out, EvidenceHeader.of("decompose", inputs, _parameters(spec)))
 
 
 def _open(teacher: Path, candidate: Path) -> tuple[dict[str, Artifact], dict[str, str]]:
