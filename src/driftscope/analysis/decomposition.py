@@ -72,7 +72,8 @@ def decompose(energies: pl.DataFrame, resampling: Resampling, minimum_positions:
 
     Returns:
         The ``decomposition`` section of the report: ``shares`` over all positions, the same with the first
-        token of every sequence left out, the controls, and the population.
+        token of every sequence left out, the controls, and the population. Without shares, and with the
+        status ``inadmissible``, where an energy is null or the positions are too few.
 
     Raises:
         InputError: the table lacks a run that the shares need.
@@ -89,6 +90,18 @@ def decompose(energies: pl.DataFrame, resampling: Resampling, minimum_positions:
         "confidence": resampling.confidence,
         "block_positions": resampling.block_positions,
         "resamples": resampling.resamples,
+    }
+    undefined = ~np.isfinite(values)
+    if undefined.any():
+        where = int(undefined.any(axis=0).sum())
+        return {
+            **document,
+            "status": "inadmissible",
+            "reason": f"the logits are not finite at {where} of {len(positions)} token positions",
+            "shares": [],
+            "shares_all_but_first": [],
+        }
+    document |= {
         "mean_energy": float(total.mean()),
         "controls": _controls(items, values),
     }
@@ -127,7 +140,7 @@ def _matrix(energies: pl.DataFrame) -> tuple[list[Item], NDArray[np.float64], li
         if where != columns:
             raise InputError(f"energies: run {key} is over other token positions than the total")
         items.append((str(key[0]), str(key[1]), str(key[2])))
-        rows.append(frame["energy"].to_numpy())
+        rows.append(frame["energy"].fill_null(float("nan")).to_numpy())
     return items, np.stack(rows), [sequence for sequence, _ in columns], [place for _, place in columns]
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _SIGNIFICANT_DIGITS = 10
 """exp and log differ in the last bits between C libraries; the evidence keeps what they agree on."""
 
+_MEASURES = ("kl", "top1_a", "top1_b", "same_top1", "margin_a", "logit_noise", "nll_a", "nll_b", "delta_p")
+_UNDEFINED: dict[str, Any] = dict.fromkeys(_MEASURES)
+
 
 def impact_rows(
     a: NDArray[np.float32],
@@ -37,10 +40,14 @@ def impact_rows(
     Returns:
         Rows of the ``impact`` table. `kl` is KL(a || b) in nats; `margin_a` the distance of the reference's
         two largest logits; `logit_noise` the rms of the centred logit difference; `nll` in nats;
-        `delta_p` the change of the next token's probability, b minus a.
+        `delta_p` the change of the next token's probability, b minus a. All of them are None at a position
+        where a logit is not finite.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, (sequence, position) in enumerate(places):
+        if not (np.isfinite(a[index]).all() and np.isfinite(b[index]).all()):
+            rows.append({"pair": pair, "sequence": sequence, "position": position, **_UNDEFINED})
+            continue
         log_p, log_q = _log_softmax(a[index]), _log_softmax(b[index])
         p = np.exp(log_p)
         difference = b[index].astype(np.float64) - a[index].astype(np.float64)
@@ -69,7 +76,20 @@ def impact_rows(
 
 
 def summarise(frame: pl.DataFrame, resampling: Resampling) -> dict[str, Any]:
-    """Summarise the ``impact`` table pair by pair, with block-bootstrap intervals."""
+    """Summarise the ``impact`` table pair by pair, with block-bootstrap intervals.
+
+    Nothing is summarised, and the status is ``inadmissible``, where some position has no distribution.
+    """
+    undefined = frame.filter(frame["kl"].is_null())
+    if not undefined.is_empty():
+        places = undefined.select("sequence", "position").n_unique()
+        every = frame.select("sequence", "position").n_unique()
+        return {
+            "status": "inadmissible",
+            "reason": f"the logits are not finite at {places} of {every} token positions",
+            "confidence": resampling.confidence,
+            "pairs": [],
+        }
     pairs = []
     for (pair,), part in frame.group_by("pair", maintain_order=True):
         pairs.append(_summary(str(pair), part, resampling))

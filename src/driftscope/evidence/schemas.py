@@ -32,6 +32,7 @@ def _text(*allowed: str) -> tuple[Any, dict[str, Any]]:
 
 
 _COUNT = (pl.Int64, {"checks": [pa.Check.ge(0)]})
+_COUNT_OR_NULL = (pl.Int64, {"nullable": True, "checks": [pa.Check.ge(0)]})
 _INDEX = (pl.Int64, {"checks": [pa.Check.ge(-1)]})
 _REAL: tuple[Any, dict[str, Any]] = (pl.Float64, {})
 _REAL_OR_NULL = (pl.Float64, {"nullable": True})
@@ -119,19 +120,19 @@ ENERGIES = {
     "mechanism": _text("weight", "activation", "both"),
     "sequence": _text(),
     "position": _COUNT,
-    "energy": _NOT_NEGATIVE,
+    "energy": _NOT_NEGATIVE_OR_NULL,
 }
 
 IMPACT = {
     "pair": _text(),
     "sequence": _text(),
     "position": _COUNT,
-    "kl": (pl.Float64, {"checks": [pa.Check.ge(-1e-6)]}),
-    "top1_a": _COUNT,
-    "top1_b": _COUNT,
-    "same_top1": (pl.Boolean, {}),
-    "margin_a": _NOT_NEGATIVE,
-    "logit_noise": _NOT_NEGATIVE,
+    "kl": (pl.Float64, {"nullable": True, "checks": [pa.Check.ge(-1e-6)]}),
+    "top1_a": _COUNT_OR_NULL,
+    "top1_b": _COUNT_OR_NULL,
+    "same_top1": (pl.Boolean, {"nullable": True}),
+    "margin_a": _NOT_NEGATIVE_OR_NULL,
+    "logit_noise": _NOT_NEGATIVE_OR_NULL,
     "nll_a": _REAL_OR_NULL,
     "nll_b": _REAL_OR_NULL,
     "delta_p": _REAL_OR_NULL,

@@ -31,6 +31,8 @@ PAIRS = (
     ("teacher.f32", "candidate.int8-dot"),
     ("candidate.f32", "candidate.int8-dot"),
 )
+ENGINES = {"llama.cpp": "candidate.llama.cpp"}
+"""Another engine that runs the candidate, and the path that stands for it."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,29 @@ def base(
     write_arrays(arrays, out)
 
 
+def engine_base(candidate: Path, prompts_file: Path, engine: str, out: Path) -> None:
+    """Run the candidate over the texts on an engine that is not ours; keep its logits.
+
+    One thread, llama.cpp's default f16 cache: its sums then repeat bit for bit on one machine.
+
+    Raises:
+        InputError: no such engine, it is not installed, or it cannot read the candidate.
+    """
+    from driftscope.engines import llama_cpp
+    from driftscope.forward.batch import TokenBatch
+
+    if engine not in ENGINES:
+        raise InputError(f"engine {engine!r} is unknown; expected one of {', '.join(ENGINES)}")
+    artifact, _ = open_model(candidate)
+    if artifact.container != "gguf":
+        raise InputError(
+            f"{artifact.path}: llama.cpp reads GGUF files; this candidate is {artifact.container}"
+        )
+    texts, _ = prompt_set(prompts_file, "texts")
+    batch = TokenBatch.of([text["ids"] for text in texts])
+    write_arrays({"logits": llama_cpp.logits(artifact.path, batch)}, out)
+
+
 def counterfactuals(
     teacher: Path,
     candidate: Path,
@@ -216,13 +241,10 @@ def impact(
         following += [*text["ids"][1:], -1]
     files = {path: Arrays(file) for path, file in bases}
     rows: list[dict[str, Any]] = []
-    for reference, other in PAIRS:
+    engines = [path for path in ENGINES.values() if path in files]
+    parities = [(path, ours) for path in engines for ours in ("candidate.int8-dot", "candidate.f32")]
+    for reference, other in (*PAIRS, *parities):
         a, b = files[reference]["logits"], files[other]["logits"]
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise InputError(
-                f"{files[other].path}: logits are not finite at some position, so no distribution can be "
-                "compared; see the nan and inf counts in the trace tables"
-            )
         rows += impact_rows(a, b, np.array(following), places, f"{reference}|{other}")
     frame = frame_of(rows, "impact")
     header = EvidenceHeader.of("decompose", {"texts": digest, **_digests(bases)}, {})
@@ -238,7 +260,13 @@ def fix_scope(impact_table: Path, impact_file: Path, spec: DecompositionSpec, ou
     """Put what each option of a fix costs against the teacher side by side, position by position."""
     from driftscope.analysis.impact import mean_kl_difference
 
-    pairs = {pair["pair"]: pair for pair in read_json(impact_file)["pairs"]}
+    inputs = {"impact": sha256_file(impact_file), "table": sha256_file(impact_table)}
+    header = EvidenceHeader.of("decompose", inputs, _parameters(spec))
+    document = read_json(impact_file)
+    if document["status"] != "done":
+        write_json({"status": "not-run", "reason": document["reason"], "options": []}, out, header)
+        return
+    pairs = {pair["pair"]: pair for pair in document["pairs"]}
     integer, f32 = "teacher.f32|candidate.int8-dot", "teacher.f32|candidate.f32"
     fields = ("positions", "mean_kl", "mean_kl_low", "mean_kl_high", "same_top1")
     options = [
@@ -248,19 +276,35 @@ def fix_scope(impact_table: Path, impact_file: Path, spec: DecompositionSpec, ou
             ("B", "f32 arithmetic at every site", f32),
         )
     ]
-    difference, low, high = mean_kl_difference(
-        read_table(impact_table, "impact"), integer, f32, _resampling(spec)
-    )
-    closer = "B" if low > 0 else "A" if high < 0 else "undecided"
+    frame, resampling = read_table(impact_table, "impact"), _resampling(spec)
+
+    def nearer(a: str, b: str) -> dict[str, Any]:
+        difference, low, high = mean_kl_difference(frame, a, b, resampling)
+        closer = "B" if low > 0 else "A" if high < 0 else "undecided"
+        return {"a_minus_b": {"mean_kl": difference, "low": low, "high": high}, "closer": closer}
+
+    fidelity = nearer(integer, f32)
+    parity: dict[str, Any] = {
+        "status": "not-run",
+        "reason": "no other engine was run; decomposition.engines in the configuration names them",
+    }
+    for engine, path in ENGINES.items():
+        if f"{path}|candidate.f32" in pairs:
+            sides = (f"{path}|candidate.int8-dot", f"{path}|candidate.f32")
+            parity = {
+                "status": "done",
+                "engine": engine,
+                "mean_kl": {option: pairs[pair]["mean_kl"] for option, pair in zip("AB", sides, strict=True)},
+                **nearer(*sides),
+            }
     result = {
         "options": options,
-        "a_minus_b": {"mean_kl": difference, "low": low, "high": high},
+        "a_minus_b": fidelity["a_minus_b"],
         "confidence": spec.confidence,
-        "closer_to_teacher": closer,
-        "parity": {"status": "not-run", "reason": "parity with another engine needs that engine's trace"},
+        "closer_to_teacher": fidelity["closer"],
+        "parity": parity,
     }
-    inputs = {"impact": sha256_file(impact_file), "table": sha256_file(impact_table)}
-    write_json(result, out, EvidenceHeader.of("decompose", inputs, _parameters(spec)))
+    write_json(result, out, header)
 
 
 def _open(teacher: Path, candidate: Path) -> tuple[dict[str, Artifact], dict[str, str]]:
@@ -287,8 +331,7 @@ def _totals(files: dict[str, Arrays], places: list[tuple[str, int]]) -> list[dic
 def _energy_rows(
     by: str, item: str, mechanism: str, energy: NDArray[np.float64], places: list[tuple[str, int]]
 ) -> list[dict[str, Any]]:
-    if not np.isfinite(energy).all():
-        raise InputError(f"decomposition run {by} {item} {mechanism}: the logits are not finite")
+    # Where a logit is not finite there is no energy; the position stays in the table, as null.
     return [
         {
             "by": by,
@@ -296,7 +339,7 @@ def _energy_rows(
             "mechanism": mechanism,
             "sequence": sequence,
             "position": position,
-            "energy": float(value),
+            "energy": float(value) if np.isfinite(value) else None,
         }
         for (sequence, position), value in zip(places, energy, strict=True)
     ]
