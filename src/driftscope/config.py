@@ -113,6 +113,10 @@ class DecompositionSpec(_Section):
     resamples: int = Field(2000, ge=100)
     confidence: float = Field(0.95, gt=0, lt=1)
     seed: int = Field(0, ge=0)
+    engines: list[Literal["llama.cpp"]] = Field(
+        default_factory=list,
+        description="other engines to run the candidate on, for parity; llama.cpp needs the extra llama-cpp",
+    )
 
 
 class Config(_Section):

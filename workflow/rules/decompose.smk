@@ -1,4 +1,6 @@
 JOBS = CONFIG.decomposition.jobs
+ENGINES = CONFIG.decomposition.engines
+BASES = [*PATHS, *(f"candidate.{engine}" for engine in ENGINES)]
 
 
 rule base_pass:
@@ -24,6 +26,30 @@ rule base_pass:
     shell:
         "driftscope stage base {wildcards.path} --teacher {input.teacher} --candidate {input.candidate}"
         " --prompts {input.prompts} --minimum {params.minimum} --out {output} --threads {threads} 2> {log}"
+
+
+rule engine:
+    input:
+        candidate=CANDIDATE,
+        prompts=PROMPTS,
+    output:
+        update(f"{RESULTS}/decomposition/base_candidate.{{engine}}.safetensors"),
+    log:
+        f"{RESULTS}/logs/decompose/engine_{{engine}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/decompose/engine_{{engine}}.tsv"
+    wildcard_constraints:
+        engine=r"llama\.cpp",
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        code=code_digest("decompose"),
+    shell:
+        "driftscope stage engine {wildcards.engine} --candidate {input.candidate}"
+        " --prompts {input.prompts} --out {output} 2> {log}"
 
 
 rule counterfactuals:
@@ -83,7 +109,7 @@ rule decompose:
 rule impact:
     input:
         prompts=PROMPTS,
-        bases=expand(f"{RESULTS}/decomposition/base_{{path}}.safetensors", path=PATHS),
+        bases=expand(f"{RESULTS}/decomposition/base_{{path}}.safetensors", path=BASES),
     output:
         table=update(f"{RESULTS}/impact.parquet"),
         document=update(f"{RESULTS}/impact.json"),
@@ -98,7 +124,7 @@ rule impact:
         runtime=30,
     params:
         config=RESOLVED,
-        bases=lambda wildcards, input: labelled("base", PATHS, input.bases),
+        bases=lambda wildcards, input: labelled("base", BASES, input.bases),
         resampling=CASE.resampling,
         code=code_digest("decompose"),
     shell:

@@ -13,7 +13,6 @@ if CASE.fetched:
             f"{RESULTS}/benchmarks/fetch/{{model}}.tsv"
         wildcard_constraints:
             model="|".join(CASE.fetched),
-        retries: 1
         # Compute nodes often have no route out; the machine that Snakemake runs on has.
         localrule: True
         conda:

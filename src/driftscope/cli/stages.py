@@ -176,6 +176,14 @@ def base(
 
 
 @stage.command()
+def engine(engine: str, candidate: Candidate, prompts_file: Prompts, out: Out) -> None:
+    """Run the candidate over the texts on another engine, e.g. llama.cpp."""
+    from driftscope.stages import decompose
+
+    decompose.engine_base(candidate, prompts_file, engine, out)
+
+
+@stage.command()
 def counterfactuals(
     teacher: Teacher,
     candidate: Candidate,
