@@ -18,7 +18,7 @@ from driftscope.errors import InputError
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 MAX_PROMPT_BYTES = 8 * 2**20
-MAX_CPU_SECONDS = 5
+MAX_CPU_SECONDS = 3
 MAX_WALL_SECONDS = 60
 MAX_MEMORY_BYTES = 2**30
 
@@ -172,7 +172,7 @@ def _environment() -> Any:
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
     class Generation(Extension):
         """``{% generation %}`` marks what the assistant wrote, for training; here it is what is in it."""
@@ -206,7 +206,37 @@ def _environment() -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
+
+    class Namespace(jinja2.utils.Namespace):
+        """A namespace whose names the sandbox can vouch for: none that begins with an underscore."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            # A template may name one of its values `self`.
+            values = dict(*args[1:], **kwargs)
+            for name in values:
+                check_name(name)
+            jinja2.utils.Namespace.__init__(args[0], values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            check_name(name)
+            super().__setitem__(name, value)
+
+    class Dictionary:
+        """``dict`` to call, without the type and its attributes."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
+    def check_name(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot hold the name {name!r}")
+
     environment.filters["tojson"] = tojson
+    environment.globals["dict"] = Dictionary()
+    environment.globals["namespace"] = Namespace
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
     return environment

@@ -100,7 +100,8 @@ def _read(path: Path) -> str:
     if size > _MAX_FILE_BYTES:
         raise InputError(f"{path}: {size} bytes; expected a prompt of at most {_MAX_FILE_BYTES}")
     try:
-        return path.read_text(encoding="utf-8")
+        # Decoded as it is: reading in text mode would change line ends, and with them the tokens.
+        return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not readable UTF-8 text: {error}") from error
 
