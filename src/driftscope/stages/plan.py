@@ -147,17 +147,17 @@ def plan_case(values: Mapping[str, Any], files: Sequence[str | Path], workflow_f
     if not config.origin:
         config = config.model_copy(update={"origin": origin})
     results = f"results/{config.name}"
+    contracts = Path(config.contracts)
+    folder = contracts if contracts.is_absolute() or contracts.is_dir() else workflow_folder / contracts
+    loaded = tuple(load_contracts([folder]))
     resolved = Path(results) / "config.json"
+    plan = CasePlan(config, results, str(resolved), str(folder), loaded)
+    for model in plan.fetched:
+        plan.pin(model)
     text = json.dumps({**config.canonical(), "origin": config.origin}, indent=1) + "\n"
     # Every job reads this file, so that overrides reach them; it is no rule's input.
     if not resolved.is_file() or resolved.read_text(encoding="utf-8") != text:
         write_text(resolved, text)
-    contracts = Path(config.contracts)
-    folder = contracts if contracts.is_absolute() or contracts.is_dir() else workflow_folder / contracts
-    loaded = tuple(load_contracts([folder]))
-    plan = CasePlan(config, results, str(resolved), str(folder), loaded)
-    for model in plan.fetched:
-        plan.pin(model)
     return plan
 
 
