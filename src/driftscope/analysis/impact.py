@@ -14,6 +14,7 @@ from driftscope.analysis.decomposition import Resampling
 if TYPE_CHECKING:
     import polars as pl
 
+_LARGEST_EXPONENT = float(np.log(np.finfo(np.float64).max))
 _SIGNIFICANT_DIGITS = 10
 """exp and log differ in the last bits between C libraries; the evidence keeps what they agree on."""
 
@@ -143,8 +144,8 @@ def _summary(pair: str, part: pl.DataFrame, resampling: Resampling) -> dict[str,
         "same_top1_low": same_low,
         "same_top1_high": same_high,
         "known_next_tokens": known.height,
-        "ppl_a": float(np.exp(nll_a)),
-        "ppl_b": float(np.exp(nll_b)),
+        "ppl_a": _perplexity(nll_a),
+        "ppl_b": _perplexity(nll_b),
         "log_ppl_ratio": nll_b - nll_a,
         "mean_delta_p": float(delta_p.mean()),
         "rms_delta_p": float(np.sqrt(np.square(delta_p).mean())),
@@ -162,6 +163,11 @@ def _summary(pair: str, part: pl.DataFrame, resampling: Resampling) -> dict[str,
         "flips_total": flipped.height,
         "flips_within_noise": int((flipped["margin_a"] <= 2.0 * flipped["logit_noise"]).sum()),
     }
+
+
+def _perplexity(nll: float) -> float | None:
+    """Return exp of a mean NLL; None where that is beyond float64, as for a model that is badly broken."""
+    return float(np.exp(nll)) if nll < _LARGEST_EXPONENT else None
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
