@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import re
 import sys
@@ -320,17 +321,30 @@ def render(page: str) -> str:
     return _PART.sub(lambda match: f"{match[1]}\n{PARTS[match[2]]()}\n\n{match[3]}", page)
 
 
+def schemas() -> dict[Path, str]:
+    """Return the JSON Schemas that editors and other programs read, by file."""
+    from driftscope.config import config_json_schema
+    from driftscope.contracts.model import contract_json_schema
+
+    folder = DOCS.parent / "workflow" / "schemas"
+    documents = {"config": config_json_schema(), "contract": contract_json_schema()}
+    return {
+        folder / f"{name}.schema.json": json.dumps(document, indent=1) + "\n"
+        for name, document in documents.items()
+    }
+
+
 def main() -> int:
-    """Rewrite the pages, or check them."""
-    parser = argparse.ArgumentParser(description="write the generated parts of the pages")
+    """Rewrite the pages and schemas, or check them."""
+    parser = argparse.ArgumentParser(description="write the generated parts of the pages, and the schemas")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 if a page is not up to date"
     )
     check = parser.parse_args().check
     stale = []
-    for path in sorted(DOCS.rglob("*.md")):
-        before = path.read_text("utf-8")
-        after = render(before)
+    pages = {path: render(path.read_text("utf-8")) for path in sorted(DOCS.rglob("*.md"))}
+    for path, after in {**pages, **schemas()}.items():
+        before = path.read_text("utf-8") if path.is_file() else ""
         if after != before:
             stale.append(path.relative_to(DOCS.parent).as_posix())
             if not check:
