@@ -72,8 +72,8 @@ def test_a_case_leaves_the_same_bytes_as_on_one_machine(cluster: OneNode, tmp_pa
     # One rule takes a GPU by the option that the profile documents.
     done = snakemake(
         on_nodes.folder,
-        *("--set-resources", "base_pass:gpu=1", "base_pass:slurm_partition=gpu"),
         on_nodes.report.relative_to(on_nodes.folder).as_posix(),
+        *("--set-resources", "base_pass:gpu=1", "base_pass:slurm_partition=gpu"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
