@@ -98,6 +98,7 @@ def decompose(energies: pl.DataFrame, resampling: Resampling, minimum_positions:
             **document,
             "status": "inadmissible",
             "reason": f"the logits are not finite at {where} of {len(positions)} token positions",
+            "controls": {},
             "shares": [],
             "shares_all_but_first": [],
         }
