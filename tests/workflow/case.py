@@ -231,6 +231,13 @@ def jobs_run(done: subprocess.CompletedProcess[str]) -> Counter[str]:
     return found
 
 
+def jobs_planned(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """How often each rule would run, by the table at the end of a dry run."""
+    table = (done.stdout + done.stderr).rpartition("Job stats:")[2]
+    found = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+    return {name: count for name, count in found.items() if name not in ("all", "total")}
+
+
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     """The line that a command or a run ends with for bad input, after checking that it gives no other."""
     assert done.returncode == 2, done.stdout + done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from tests.workflow.case import MODEL, Case, jobs_run, one_line, tiny_model_tensors, write_model
+from tests.workflow.case import MODEL, Case, jobs_planned, jobs_run, one_line, tiny_model_tensors, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ def test_the_band_of_the_sweep_compares_nothing_anew(case: Case) -> None:
     case.configure(sweep={"shards": 2, "band": [0.0, 1.7]})
     done = case.snakemake("--dry-run")
     assert done.returncode == 0, done.stderr
-    assert jobs_run(done) == {"weights": 1, "gates": 1, "report": 1}
+    assert jobs_planned(done) == {"weights": 1, "gates": 1, "report": 1}
 
 
 def test_a_changed_model_stops_until_it_is_locked_and_then_runs_all_that_reads_it(case: Case) -> None:
@@ -84,5 +84,5 @@ def test_a_changed_model_stops_until_it_is_locked_and_then_runs_all_that_reads_i
     energies = {"base_pass": 3, "counterfactuals": 2, "decompose": 1, "impact": 1, "fix_scope": 1}
     # The chain reads no model.
     judged = {"measure": 1, "judge": 1, "gates": 1, "published": 1, "report": 1}
-    assert jobs_run(done) == models | traces | energies | judged
+    assert jobs_planned(done) == models | traces | energies | judged
     assert case.evidence() == before
