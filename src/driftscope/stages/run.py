@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from driftscope.config import load_config
 from driftscope.errors import InputError
+
+_FULL_BYTES = 2**20
 
 
 def report_path(config: Path) -> Path:
@@ -39,4 +42,8 @@ def run_workflow(config: Path, cores: int, *, dry_run: bool) -> tuple[int, str]:
         lines = failures.read_text(encoding="utf-8").splitlines() if failures.is_file() else []
     if done.returncode and lines:
         return 2, lines[0]
+    free = shutil.disk_usage(report.parent if report.parent.is_dir() else Path()).free
+    if done.returncode and free < _FULL_BYTES:
+        # Snakemake copies a step's earlier outputs before it runs; where that fails, no step can say why.
+        return 2, f"{report.parent}: the disk is full ({free} bytes are left); make room and run again"
     return done.returncode, ""
