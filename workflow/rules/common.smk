@@ -1,6 +1,7 @@
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 
 from driftscope.config import PATHS
 from driftscope.evidence.digest import code_digest, sha256_json

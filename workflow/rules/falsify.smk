@@ -22,7 +22,7 @@ rule measure:
         measurement=lambda wildcards: CASE.measurement_digest(wildcards.falsifier),
         code=code_digest("measure"),
     shell:
-        "driftscope falsify {params.contract} {wildcards.falsifier} --results {params.results}"
+        "driftscope falsify {params.contract:q} {wildcards.falsifier} --results {params.results}"
         " --out {output} 2> {log}"
 
 
@@ -49,7 +49,7 @@ rule judge:
         clause=lambda wildcards: CASE.judgement_digest(wildcards.falsifier),
         code=code_digest("judge"),
     shell:
-        "driftscope judge {params.contract} {wildcards.falsifier} --measurement {input.measurement}"
+        "driftscope judge {params.contract:q} {wildcards.falsifier} --measurement {input.measurement}"
         " --out {output} > {log} 2>&1"
 
 
@@ -84,7 +84,7 @@ rule gates:
         clauses=CASE.gates_digest,
         code=code_digest("judge"),
     shell:
-        "driftscope stage gates {params.contracts} --results {params.results} --out {output} > {log} 2>&1"
+        "driftscope stage gates {params.contracts:q} --results {params.results} --out {output} > {log} 2>&1"
 
 
 rule published:
@@ -112,5 +112,5 @@ rule published:
         figures=CASE.published_digest,
         code=code_digest("judge"),
     shell:
-        "driftscope stage published {params.contracts}/published --results {params.results}"
+        "driftscope stage published {params.contracts:q}/published --results {params.results}"
         " --out {output} > {log} 2>&1"

@@ -22,7 +22,7 @@ rule trace_chunk:
         gpu=0,
     params:
         chunks=CHUNKS,
-        keep=" ".join(f"--keep '{pattern}'" for pattern in CONFIG.trace.keep),
+        keep=" ".join(f"--keep {quote(pattern)}" for pattern in CONFIG.trace.keep),
         state_in=lambda wildcards, input: (
             f"--state-in {input.state}" if input.state else ""
         ),
