@@ -142,7 +142,7 @@ def report(
     path: Annotated[Path, typer.Argument(help="a report, results/<name>_report.json")],
     as_json: AsJson = False,
 ) -> None:
-    """Print the verdict of a report."""
+    """Print the verdict of a report, and where its page is."""
     from driftscope.report.write import read_report
 
     document = read_report(path)
@@ -154,6 +154,9 @@ def report(
     typer.echo(verdict["summary"])
     for reason in verdict.get("reasons", []):
         typer.echo(f"  - {reason}")
+    page = path.with_suffix(".html")
+    if page.is_file():
+        typer.echo(f"The page: {page}")
 
 
 @app.command()
