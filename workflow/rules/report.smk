@@ -19,7 +19,11 @@ rule report:
         ),
     output:
         document=update(REPORT),
-        page=update(REPORT.removesuffix(".json") + ".html"),
+        page=report(
+            update(REPORT.removesuffix(".json") + ".html"),
+            caption="../report/page.rst",
+            category="Report",
+        ),
     log:
         f"{RESULTS}/logs/report.log",
     benchmark:

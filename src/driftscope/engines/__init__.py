@@ -1,1 +1,1 @@
-"""TODO"""
+"""What computes logits and taps: our own paths, llama.cpp, transformers."""
