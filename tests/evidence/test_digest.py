@@ -60,10 +60,30 @@ def test_a_stage_s_digest_is_that_of_its_packages_only(
     assert digest._digest_sources(["one"]) != first
 
 
-def test_every_stage_names_packages_that_exist() -> None:
+def test_a_single_module_counts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "_PACKAGE", tmp_path)
+    (tmp_path / "one").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "one" / f"{name}.py").write_text("x = 1\n")
+    before = digest._digest_sources(["one/a.py"])
+    (tmp_path / "one" / "b.py").write_text("x = 2\n")
+    assert digest._digest_sources(["one/a.py"]) == before
+    (tmp_path / "one" / "a.py").write_text("x = 2\n")
+    assert digest._digest_sources(["one/a.py"]) != before
+
+
+def test_every_stage_names_packages_and_modules_that_exist() -> None:
     root = Path(driftscope.__file__).parent
-    for packages in STAGE_PACKAGES.values():
-        assert all((root / package / "__init__.py").is_file() for package in packages)
+    for names in STAGE_PACKAGES.values():
+        for name in names:
+            assert (root / name if name.endswith(".py") else root / name / "__init__.py").is_file(), name
+
+
+def test_every_module_that_writes_evidence_counts_for_some_stage() -> None:
+    named = {name for names in STAGE_PACKAGES.values() for name in names}
+    for module in sorted((Path(driftscope.__file__).parent / "stages").glob("*.py")):
+        if "EvidenceHeader.of(" in module.read_text("utf-8"):
+            assert f"stages/{module.name}" in named
 
 
 def test_a_header_does_not_depend_on_the_order_of_its_inputs() -> None:

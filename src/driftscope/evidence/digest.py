@@ -12,18 +12,29 @@ from typing import Any
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
-    "fetch": ("artifacts",),
-    "derive": ("artifacts", "kernels"),
-    "prompts": ("artifacts",),
-    "sweep": ("artifacts", "kernels", "analysis", "evidence"),
-    "trace": ("artifacts", "kernels", "forward", "engines", "evidence"),
-    "divergence": ("kernels", "analysis", "evidence"),
-    "decompose": ("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
-    "measure": ("kernels", "falsifiers", "analysis", "evidence"),
-    "judge": ("contracts", "report", "evidence"),
-    "report": ("report", "evidence"),
+    "fetch": ("artifacts", "stages/manifest.py", "stages/models.py"),
+    "derive": ("artifacts", "kernels", "stages/manifest.py", "stages/models.py"),
+    "prompts": ("artifacts", "stages/prompts.py"),
+    "sweep": ("artifacts", "kernels", "analysis", "evidence", "stages/sweep.py"),
+    "trace": (
+        "artifacts",
+        "kernels",
+        "forward",
+        "engines",
+        "evidence",
+        "stages/arrays.py",
+        "stages/trace.py",
+    ),
+    "divergence": ("kernels", "forward", "analysis", "evidence", "stages/arrays.py", "stages/trace.py"),
+    "decompose": (
+        *("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
+        *("stages/arrays.py", "stages/decompose.py"),
+    ),
+    "measure": ("kernels", "falsifiers", "analysis", "evidence", "stages/falsify.py"),
+    "judge": ("contracts", "report", "evidence", "stages/falsify.py"),
+    "report": ("report", "evidence", "stages/report.py"),
 }
-"""The packages whose code decides a stage's evidence; imports run one way, so the list is closed."""
+"""Packages and modules whose code decides a stage's evidence; imports run one way, so the list is closed."""
 
 
 def sha256_file(path: Path) -> str:
@@ -50,7 +61,8 @@ def code_digest(stage: str) -> str:
 def _digest_sources(packages: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for package in sorted(packages):
-        for file in sorted((_PACKAGE / package).rglob("*")):
+        source = _PACKAGE / package
+        for file in [source] if source.is_file() else sorted(source.rglob("*")):
             if file.is_file() and file.suffix in {".py", ".cu", ".j2", ".css", ".json"}:
                 digest.update(f"{file.relative_to(_PACKAGE).as_posix()}\0".encode())
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
