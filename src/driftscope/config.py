@@ -15,6 +15,13 @@ from driftscope.errors import InputError
 PATHS = ("teacher.f32", "candidate.f32", "candidate.int8-dot")
 """The forward paths, as ``<role>.<arithmetic>``."""
 
+PAIRS = (
+    ("teacher.f32", "candidate.f32"),
+    ("teacher.f32", "candidate.int8-dot"),
+    ("candidate.f32", "candidate.int8-dot"),
+)
+"""The paths that are compared, the reference first: weights, both together, arithmetic."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Name = Annotated[str, Field(pattern=rf"^{_NAME.pattern}$")]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from driftscope.analysis.divergence import compare_tap, scopes_of, summarise, token_sums
+from driftscope.analysis.divergence import compare_tap, scopes_of, token_sums
 
 
 def taps(tokens: int = 7, channels: int = 33) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -88,18 +88,3 @@ def test_sums_are_in_double_precision() -> None:
     a[0, 1:] = 1e-4
     exact = float(np.float32(1e4)) ** 2 + 999 * float(np.float32(1e-4)) ** 2
     assert token_sums(a, a).aa[0] == pytest.approx(exact, rel=1e-15)
-
-
-def test_the_steepest_layer_is_that_of_the_largest_growth() -> None:
-    errors = {0: [1.0, 3.0, 2.0], 1: [2.0, 3.0, 2.5], 2: [30.0, 20.0, 25.0], 3: [50.0, 50.0, 50.0]}
-    rows = [
-        {"tap": tap, "layer": layer, "nmse": value}
-        for layer, values in errors.items()
-        for value in values
-        for tap in ("post_ffn_residual", "ffn_norm")
-    ]
-    rows.append({"tap": "post_ffn_residual", "layer": 3, "nmse": None})
-    document = summarise(rows, "a|b")
-    assert [item["nmse"] for item in document["residual_nmse_by_layer"]] == [2.0, 2.5, 25.0, 50.0]
-    assert document["steepest_layer"] == {"layer": 2, "growth": 10.0}
-    assert summarise([], "a|b")["steepest_layer"] is None

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 from shlex import quote
 
-from driftscope.config import PATHS
+from driftscope.config import PAIRS, PATHS
 from driftscope.evidence.digest import code_digest, sha256_json
 from driftscope.stages.plan import CasePlan, plan_case
 
@@ -30,11 +30,6 @@ CANDIDATE = f"{RESULTS}/models/{CONFIG.pair.candidate}.json"
 PROMPTS = f"{RESULTS}/prompts.json"
 REPORT = f"results/{CONFIG.name}_report.json"
 ENVIRONMENT = "../envs/driftscope.yaml"
-PAIRS = [
-    "teacher.f32|candidate.f32",
-    "teacher.f32|candidate.int8-dot",
-    "candidate.f32|candidate.int8-dot",
-]
 
 
 wildcard_constraints:

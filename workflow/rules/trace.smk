@@ -80,7 +80,7 @@ rule divergence_chunk:
         runtime=30,
     params:
         taps=lambda wildcards, input: labelled("taps", PATHS, input.taps),
-        pairs=" ".join(f"--pair '{pair}'" for pair in PAIRS),
+        pairs=" ".join(f"--pair '{reference}|{other}'" for reference, other in PAIRS),
         code=code_digest("divergence"),
     shell:
         "driftscope stage divergence --prompts {input.prompts} {params.taps} {params.pairs}"

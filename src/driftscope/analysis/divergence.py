@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,28 +108,3 @@ def _variance(total: float, squares: float, n: int) -> float | None:
     if n < 2:
         return None
     return max(squares - total * total / n, 0.0) / (n - 1)
-
-
-def summarise(rows: Sequence[Mapping[str, Any]], pair: str) -> dict[str, Any]:
-    """Give the propagated error of a pair in figures: its largest layer-to-layer growth and its end.
-
-    Args:
-        rows: rows of the ``divergence`` table of one pair and scope ``all-but-first``.
-        pair: ``<path>|<path>``.
-    """
-    outputs: dict[int, list[float]] = {}
-    for row in rows:
-        if row["tap"] == "post_ffn_residual" and row["nmse"] is not None:
-            outputs.setdefault(row["layer"], []).append(row["nmse"])
-    by_layer = [(layer, float(np.median(values))) for layer, values in sorted(outputs.items())]
-    growth = [
-        (layer, after / before) for (_, before), (layer, after) in itertools.pairwise(by_layer) if before > 0
-    ]
-    steepest = max(growth, key=lambda item: item[1], default=None)
-    return {
-        "pair": pair,
-        "scope": "all-but-first",
-        "statistic": "median over prompts of the NMSE of the residual stream after each layer",
-        "residual_nmse_by_layer": [{"layer": layer, "nmse": value} for layer, value in by_layer],
-        "steepest_layer": None if steepest is None else {"layer": steepest[0], "growth": steepest[1]},
-    }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from driftscope.analysis.decomposition import Resampling
 from driftscope.artifacts.model import Artifact
-from driftscope.config import DecompositionSpec
+from driftscope.config import PAIRS, PATHS, DecompositionSpec
 from driftscope.errors import InputError
 from driftscope.evidence.digest import sha256_file
 from driftscope.evidence.header import EvidenceHeader
@@ -25,12 +25,6 @@ from driftscope.stages.prompts import prompt_set, slices_of
 TEACHER = Choice("teacher", "f32")
 CANDIDATE_F32 = Choice("candidate", "f32")
 CANDIDATE_INT8 = Choice("candidate", "int8-dot")
-BASES = ("teacher.f32", "candidate.f32", "candidate.int8-dot")
-PAIRS = (
-    ("teacher.f32", "candidate.f32"),
-    ("teacher.f32", "candidate.int8-dot"),
-    ("candidate.f32", "candidate.int8-dot"),
-)
 ENGINES = {"llama.cpp": "candidate.llama.cpp"}
 """Another engine that runs the candidate, and the path that stands for it."""
 
@@ -320,7 +314,7 @@ def _places(texts: list[dict[str, Any]]) -> list[tuple[str, int]]:
 def _totals(files: dict[str, Arrays], places: list[tuple[str, int]]) -> list[dict[str, Any]]:
     from driftscope.analysis.decomposition import centred_energy
 
-    teacher, candidate, integer = (files[path]["logits"] for path in BASES)
+    teacher, candidate, integer = (files[path]["logits"] for path in PATHS)
     return [
         *_energy_rows("total", "weight", "weight", centred_energy(candidate - teacher), places),
         *_energy_rows("total", "activation", "activation", centred_energy(integer - candidate), places),
