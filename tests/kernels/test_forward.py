@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.cohere import modeling_cohere
+from transformers.models.llama import modeling_llama
 
 from driftscope.kernels import forward as kernels
 from driftscope.kernels.reference import forward as reference
+
+SEEDS = st.integers(0, 999)
+
+
+def nearest(value: mpmath.mpf) -> np.float32:
+    """The float32 that is nearest to an exact value, the even one of two."""
+    with mpmath.workprec(24):
+        return np.float32(float(+value))
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
@@ -35,6 +46,7 @@ def attention_cases(draw: st.DrawFn) -> dict[str, Any]:
         "window": draw(st.none() | st.integers(1, 14)),
         "seed": draw(st.integers(0, 2**16)),
         "spread": draw(st.sampled_from([0.1, 1.0, 6.0])),
+        "soft_cap": draw(st.none() | st.sampled_from([0.5, 20.0])),
     }
 
 
@@ -52,7 +64,7 @@ def qkv(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @settings(deadline=None, max_examples=60)
 def test_attention_is_the_reference(case: dict[str, Any]) -> None:
     q, k, v = qkv(case)
-    options = {name: case[name] for name in ("n_heads", "n_kv_heads", "window")}
+    options = {name: case[name] for name in ("n_heads", "n_kv_heads", "window", "soft_cap")}
     scale = case["head_dim"] ** -0.5
     found = kernels.attention(q, k, v, case["starts"], scale=scale, **options)
     expected = reference.attention(*wide(q, k, v), case["starts"], scale=scale, **options)
@@ -157,17 +169,55 @@ def test_rms_norm_is_torchs() -> None:
     np.testing.assert_allclose(kernels.rms_norm(x, weight, 1e-6), expected.numpy(), rtol=3e-7)
 
 
-@given(st.sampled_from([2, 6, 64]), st.integers(1, 4), st.integers(0, 999))
-@settings(deadline=None, max_examples=30)
-def test_rope_is_the_reference(head_dim: int, heads: int, seed: int) -> None:
+@given(st.sampled_from([2, 6, 64]), st.integers(1, 4), st.booleans(), st.sampled_from([1.0, 1.139]), SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_rope_is_the_reference(head_dim: int, heads: int, interleaved: bool, scale: float, seed: int) -> None:
     frequencies = (10000.0 ** (-2 * np.arange(head_dim // 2) / head_dim)).astype(np.float32)
     positions = np.array([0, 1, 5, 2, 0, 511])
     x = normal(seed, 6, heads * head_dim)
-    found = kernels.rope(x, *kernels.rope_tables(frequencies, 512), positions)
-    expected = reference.rope(x.astype(np.float64), frequencies.astype(np.float64), positions)
+    tables = kernels.rope_tables(frequencies, 512, scale=scale)
+    found = kernels.rope(x, *tables, positions, interleaved=interleaved)
+    expected = reference.rope(*wide(x, frequencies), positions, scale=scale, interleaved=interleaved)
     # An angle near 512 is exact to 2^-15 at worst, as float32.
     np.testing.assert_allclose(found, expected, atol=4e-5 * float(np.abs(x).max()) + 1e-6)
-    assert np.array_equal(found[0], x[0]), "position 0 is the identity"
+    if scale == 1.0:
+        assert np.array_equal(found[0], x[0]), "position 0 is the identity"
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_is_transformers(interleaved: bool) -> None:
+    """Split halves as in Llama; neighbours as in Cohere's models, which keep the paper's pairing."""
+    module = modeling_cohere if interleaved else modeling_llama
+    frequencies = (10000.0 ** (-2 * np.arange(32) / 64)).astype(np.float32)
+    x = normal(0, 9, 3 * 64)
+    tables = kernels.rope_tables(frequencies, 9)
+    repeat = (lambda t: np.repeat(t, 2, axis=1)) if interleaved else (lambda t: np.tile(t, 2))
+    cosine, sine = (torch.from_numpy(repeat(table))[None] for table in tables)
+    heads = torch.from_numpy(x).reshape(1, 9, 3, 64).transpose(1, 2)
+    expected, _ = module.apply_rotary_pos_emb(heads, heads, cosine, sine)
+    found = kernels.rope(x, *tables, np.arange(9), interleaved=interleaved)
+    np.testing.assert_allclose(found, expected.transpose(1, 2).reshape(9, -1).numpy(), atol=1e-6)
+
+
+def test_the_two_pairings_are_one_rotation_of_permuted_channels() -> None:
+    x, tables = normal(0, 5, 2 * 16), kernels.rope_tables(np.linspace(1, 0.1, 8, dtype=np.float32), 5)
+    order = np.arange(16).reshape(8, 2).T.reshape(-1)
+    order = np.concatenate([order, order + 16])
+    split = kernels.rope(np.ascontiguousarray(x[:, order]), *tables, np.arange(5))
+    found = kernels.rope(x, *tables, np.arange(5), interleaved=True)
+    assert np.array_equal(found[:, order], split)
+
+
+@given(st.integers(0, 2**20), st.floats(1e-6, 1.0))
+@settings(deadline=None, max_examples=200)
+def test_rotary_angles_are_correctly_rounded(position: int, frequency: float) -> None:
+    angle = np.float32(position) * np.float32(frequency)
+    cosine, sine = np.empty(1, np.float32), np.empty(1, np.float32)
+    kernels._rope_tables(np.array([angle]), np.float32(1), cosine, sine)
+    with mpmath.workprec(120):
+        exact = mpmath.mpf(float(angle))
+        assert cosine[0] == nearest(mpmath.cos(exact))
+        assert sine[0] == nearest(mpmath.sin(exact))
 
 
 def test_swiglu_is_torchs() -> None:
@@ -177,6 +227,47 @@ def test_swiglu_is_torchs() -> None:
     np.testing.assert_allclose(kernels.swiglu(gate, up), expected, rtol=2e-7, atol=1e-30)
     np.testing.assert_allclose(
         kernels.silu(gate), reference.silu(gate.astype(np.float64)), rtol=1e-7, atol=1e-30
+    )
+
+
+def test_geglu_is_torchs() -> None:
+    gate, up = normal(0, 7, 33, scale=8), normal(1, 7, 33)
+    wide_gate, wide_up = (torch.from_numpy(x).double() for x in (gate, up))
+    expected = torch.nn.functional.gelu(wide_gate, approximate="tanh")
+    # torch's own 1 + tanh cancels where gelu is small.
+    np.testing.assert_allclose(kernels.gelu(gate), expected.numpy(), rtol=1e-7, atol=1e-14)
+    np.testing.assert_allclose(kernels.gelu(gate), reference.gelu(gate.astype(np.float64)), 1e-7, 1e-14)
+    np.testing.assert_allclose(kernels.geglu(gate, up), (expected * wide_up).numpy(), 2e-7, 1e-14)
+    expected = reference.geglu(*wide(gate, up))
+    np.testing.assert_allclose(kernels.geglu(gate, up), expected, rtol=2e-7, atol=1e-14)
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False).filter(lambda x: abs(x) > 1e-37))
+@settings(deadline=None, max_examples=400)
+def test_silu_and_gelu_are_correctly_rounded(value: float) -> None:
+    x = np.array([value], np.float32)
+    with mpmath.workprec(200):
+        exact = mpmath.mpf(value)
+        expected = nearest(exact / (1 + mpmath.exp(-exact)))
+        if abs(expected) > 1.2e-38:
+            assert kernels.silu(x)[0] == expected
+        inner = mpmath.sqrt(2 / mpmath.pi) * (exact + mpmath.mpf("0.044715") * exact**3)
+        expected = nearest(exact / (1 + mpmath.exp(-2 * inner)) if abs(exact) < 1e4 else max(exact, 0))
+        if abs(expected) > 1.2e-38:
+            assert kernels.gelu(x)[0] == expected
+
+
+def test_a_soft_cap_is_torchs_and_bounds_the_scores() -> None:
+    t, heads, d, cap = 12, 2, 16, 5.0
+    q, k = normal(0, t, heads * d, scale=4), normal(1, t, heads * d, scale=4)
+    options: dict[str, Any] = {"n_heads": heads, "n_kv_heads": heads, "scale": d**-0.5}
+    plain = kernels.attention_scores(q, k, **options)
+    capped = kernels.attention_scores(q, k, soft_cap=cap, **options)
+    expected = cap * torch.tanh(torch.from_numpy(plain).double() / cap)
+    assert np.array_equal(capped, expected.float().numpy())
+    assert np.abs(plain).max() > 2 * cap >= 2 * np.abs(capped).max()
+    assert not np.array_equal(
+        *(kernels.attention(q, k, k, np.array([0, t]), soft_cap=c, **options) for c in (cap, None))
     )
 
 

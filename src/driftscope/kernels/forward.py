@@ -1,9 +1,9 @@
-"""What a transformer layer does between its matmuls: RMSNorm, rotary embedding, attention, SwiGLU.
+"""What a transformer layer does between its matmuls: RMSNorm, rotary embedding, attention, gated units.
 
 Every kernel takes and returns float32. Sums run in one fixed order that depends neither on the number of
 threads nor on how the tokens are batched, and products are never fused with sums, so a token's result
-is the same bits alone or in a batch, on every host. exp, cos and sin are taken in float64 and rounded once to
-float32, which hides the last-bit differences between C libraries.
+is the same bits alone or in a batch, on every host. exp, tanh, cosine and sine are those of
+`driftscope.kernels.elementary`, in float64, and what is made of them is rounded once to float32.
 
 `driftscope.kernels.reference.forward` is the same in plain NumPy.
 """
@@ -11,14 +11,19 @@ float32, which hides the last-bit differences between C libraries.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.kernels.elementary import cosine_and_sine, exp, tanh
 from driftscope.kernels.jit import device, kernel
 from driftscope.kernels.parallel import over_rows
 
 F32 = NDArray[np.float32]
+
+# Values that are not worth another thread.
+_GRAIN = 1 << 16
 
 KV_TYPES = ("f32", "f16")
 """Types in which attention may hold its operands; see `attention`."""
@@ -58,75 +63,122 @@ def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
             out[i, c] = (x[i, c] * scale) * weight[c]
 
 
-def rope_tables(frequencies: F32, n_positions: int) -> tuple[F32, F32]:
+def rope_tables(frequencies: F32, n_positions: int, *, scale: float = 1.0) -> tuple[F32, F32]:
     """Cosine and sine of every rotary angle.
 
     The angle is the product of position and frequency in float32, as transformers forms it.
 
     Args:
-        frequencies: ``float32[head_dim / 2]``, radians per position.
+        frequencies: ``float32[head_dim / 2]``, radians per position; no angle beyond 2^20.
         n_positions: positions 0 to ``n_positions - 1``.
+        scale: factor of the rounded values, rounded again: the attention factor of YaRN.
 
     Returns:
         Two ``float32[n_positions, head_dim / 2]``.
     """
     angles = np.arange(n_positions, dtype=np.float32)[:, None] * frequencies.astype(np.float32)[None, :]
-    wide = angles.astype(np.float64)
-    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+    cosine, sine = np.empty_like(angles), np.empty_like(angles)
+    _rope_tables(angles.reshape(-1), np.float32(scale), cosine.reshape(-1), sine.reshape(-1))
+    return cosine, sine
 
 
-def rope(x: F32, cosine: F32, sine: F32, positions: NDArray[np.int64]) -> F32:
+@kernel("void(R(float32, 1), float32, float32[::1], float32[::1])")
+def _rope_tables(angles, scale, cosine, sine):  # type: ignore[no-untyped-def]
+    for i in range(angles.shape[0]):
+        a, b = cosine_and_sine(np.float64(angles[i]))
+        cosine[i] = np.float32(a) * scale
+        sine[i] = np.float32(b) * scale
+
+
+def rope(x: F32, cosine: F32, sine: F32, positions: NDArray[np.int64], *, interleaved: bool = False) -> F32:
     """Rotate every head by the angles of its token's position (Su et al. 2021).
-
-    Channel ``i`` of a head is paired with channel ``i + head_dim / 2`` (the split-half pairing of
-    transformers; the interleaved pairing of GGUF's llama-like files is the same after their rows are
-    put back in order).
 
     Args:
         x: ``float32[n, heads * head_dim]``.
-        cosine: ``float32[n_positions, head_dim / 2]`` from `rope_tables`.
-        sine: the same.
-        positions: ``int64[n]``, row of the tables for each token.
+        cosine: from `rope_tables`.
+        sine: from `rope_tables`.
+        positions: ``int64[n]``.
+        interleaved: channel ``2 i`` of a head is paired with ``2 i + 1``, as in the paper and in ggml's
+            normal mode; else channel ``i`` with ``i + head_dim / 2`` (split-half), as in transformers. Rows
+            of a weight that are stored for one pairing can be permuted for the other.
 
     Returns:
         ``float32`` of the shape of `x`.
     """
     out = np.empty(x.shape, dtype=np.float32)
-    _rope(np.ascontiguousarray(x), cosine, sine, positions, out)
+    _rope(np.ascontiguousarray(x), cosine, sine, positions, interleaved, out)
     return out
 
 
-@kernel("void(R(float32, 2), R(float32, 2), R(float32, 2), R(int64, 1), float32[:, ::1])")
-def _rope(x, cosine, sine, positions, out):  # type: ignore[no-untyped-def]
+@kernel("void(R(float32, 2), R(float32, 2), R(float32, 2), R(int64, 1), boolean, float32[:, ::1])")
+def _rope(x, cosine, sine, positions, interleaved, out):  # type: ignore[no-untyped-def]
     half = cosine.shape[1]
     for i in range(x.shape[0]):
         row = positions[i]
         for head in range(0, x.shape[1], 2 * half):
-            for c in range(half):
-                a = x[i, head + c]
-                b = x[i, head + half + c]
-                out[i, head + c] = a * cosine[row, c] - b * sine[row, c]
-                out[i, head + half + c] = b * cosine[row, c] + a * sine[row, c]
+            if interleaved:
+                for c in range(half):
+                    a, b = x[i, head + 2 * c], x[i, head + 2 * c + 1]
+                    out[i, head + 2 * c] = a * cosine[row, c] - b * sine[row, c]
+                    out[i, head + 2 * c + 1] = b * cosine[row, c] + a * sine[row, c]
+            else:
+                for c in range(half):
+                    a, b = x[i, head + c], x[i, head + half + c]
+                    out[i, head + c] = a * cosine[row, c] - b * sine[row, c]
+                    out[i, head + half + c] = b * cosine[row, c] + a * sine[row, c]
 
 
 def silu(gate: F32, *, threads: int = 1) -> F32:
     """``x / (1 + exp(-x))`` of every value, in float64, rounded once."""
-    flat = np.ascontiguousarray(gate).reshape(-1)
-    out = np.empty(flat.shape, dtype=np.float32)
-    over_rows(lambda first, end: _silu(flat[first:end], out[first:end]), flat.size, threads=threads)
-    return out.reshape(gate.shape)
+    return _of_each_value(_silu, gate, threads)
 
 
 @kernel("void(R(float32, 1), float32[::1])")
 def _silu(x, out):  # type: ignore[no-untyped-def]
     for i in range(x.shape[0]):
         value = np.float64(x[i])
-        out[i] = np.float32(value / (1.0 + math.exp(-value)))
+        out[i] = np.float32(value / (1.0 + exp(-value)))
+
+
+def gelu(gate: F32, *, threads: int = 1) -> F32:
+    """GELU with the tanh of Hendrycks and Gimpel 2016, in float64, rounded once.
+
+    ``x / (1 + exp(-2 u))`` with ``u = sqrt(2 / pi) (x + 0.044715 x^3)``, which is ``x (1 + tanh(u)) / 2``
+    without its cancellation.
+    """
+    return _of_each_value(_gelu, gate, threads)
+
+
+_MINUS_TWO_ROOTS = -2.0 * math.sqrt(2.0 / math.pi)
+
+
+@kernel("void(R(float32, 1), float32[::1])")
+def _gelu(x, out):  # type: ignore[no-untyped-def]
+    for i in range(x.shape[0]):
+        value = np.float64(x[i])
+        out[i] = np.float32(
+            value / (1.0 + exp(_MINUS_TWO_ROOTS * (value + 0.044715 * value * value * value)))
+        )
+
+
+def _of_each_value(work: Callable[[F32, F32], None], x: F32, threads: int) -> F32:
+    flat = np.ascontiguousarray(x).reshape(-1)
+    out = np.empty(flat.shape, dtype=np.float32)
+    over_rows(
+        lambda first, end: work(flat[first:end], out[first:end]), flat.size, threads=threads, grain=_GRAIN
+    )
+    return out.reshape(x.shape)
 
 
 def swiglu(gate: F32, up: F32) -> F32:
     """``silu(gate) * up`` (Shazeer 2020, without the projections): silu is rounded, then multiplied."""
     product: F32 = silu(gate) * up
+    return product
+
+
+def geglu(gate: F32, up: F32) -> F32:
+    """``gelu(gate) * up`` (Shazeer 2020, without the projections): gelu is rounded, then multiplied."""
+    product: F32 = gelu(gate) * up
     return product
 
 
@@ -140,6 +192,7 @@ def attention(
     n_kv_heads: int,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     kv_type: str = "f32",
     threads: int = 1,
 ) -> F32:
@@ -158,6 +211,8 @@ def attention(
         n_kv_heads: number of key and value heads; divides `n_heads`.
         scale: usually ``head_dim ** -0.5``.
         window: a query sees this many keys at most, its own included; None for all before it.
+        soft_cap: a score s becomes ``soft_cap * tanh(s / soft_cap)`` before the mask, in float64, rounded
+            once (Gemma 2); None for no cap.
         kv_type: ``f32``; or ``f16``, which does what ggml does over a float16 cache: k and v are rounded,
             and q and the softmax are rounded too, because ggml multiplies float16 with float16.
         threads: number of threads; the result does not depend on it.
@@ -170,19 +225,26 @@ def attention(
         q, k, v = to_f16(q), to_f16(k), to_f16(v)
     q, k, v = np.ascontiguousarray(q), np.ascontiguousarray(k), np.ascontiguousarray(v)
     out = np.empty(q.shape, dtype=np.float32)
-    factor, half = np.float32(scale), kv_type == "f16"
+    factor, cap, half = np.float32(scale), float(soft_cap or 0.0), kv_type == "f16"
 
     def work(first: int, end: int) -> None:
-        _attention(q, k, v, starts, n_heads, n_kv_heads, factor, window or 0, half, first, end, out)
+        _attention(q, k, v, starts, n_heads, n_kv_heads, factor, window or 0, cap, half, first, end, out)
 
     over_rows(work, n_heads * (starts.shape[0] - 1), threads=threads)
     return out
 
 
 def attention_scores(
-    q: F32, k: F32, *, n_heads: int, n_kv_heads: int, scale: float, kv_type: str = "f32"
+    q: F32,
+    k: F32,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    scale: float,
+    soft_cap: float | None = None,
+    kv_type: str = "f32",
 ) -> F32:
-    """Scaled scores of one sequence before the mask, the same bits that `attention` uses.
+    """Scores of one sequence, scaled and capped, before the mask: the bits that `attention` uses.
 
     Args:
         q: ``float32[t, n_heads * head_dim]``, after RoPE.
@@ -190,6 +252,7 @@ def attention_scores(
         n_heads: number of query heads.
         n_kv_heads: number of key heads.
         scale: as in `attention`.
+        soft_cap: as in `attention`.
         kv_type: as in `attention`.
 
     Returns:
@@ -200,7 +263,7 @@ def attention_scores(
         q, k = to_f16(q), to_f16(k)
     q, k = np.ascontiguousarray(q), np.ascontiguousarray(k)
     out = np.empty((q.shape[0], n_heads * q.shape[0]), dtype=np.float32)
-    _scores(q, k, n_heads, n_kv_heads, np.float32(scale), out)
+    _scores(q, k, n_heads, n_kv_heads, np.float32(scale), float(soft_cap or 0.0), out)
     return out
 
 
@@ -240,7 +303,7 @@ def _first_key(query, window):  # type: ignore[no-untyped-def]
 
 
 @device
-def _score_row(q, kt, first, stop, scale, out):  # type: ignore[no-untyped-def]
+def _score_row(q, kt, first, stop, scale, cap, out):  # type: ignore[no-untyped-def]
     # Keys are the inner loop, so it vectorizes while each score is still summed channel by channel. Four
     # channels are added a sweep, in order, to load and store the sums a quarter as often.
     channels = q.shape[0]
@@ -257,6 +320,9 @@ def _score_row(q, kt, first, stop, scale, out):  # type: ignore[no-untyped-def]
             out[j] = out[j] + q[c] * kt[c, j]
     for j in range(first, stop):
         out[j] = out[j] * scale
+    if cap > 0.0:
+        for j in range(first, stop):
+            out[j] = np.float32(cap * tanh(np.float64(out[j]) / cap))
 
 
 @device
@@ -266,10 +332,10 @@ def _softmax_row(scores, first, stop, out):  # type: ignore[no-untyped-def]
     for j in range(first, stop):
         if scores[j] > largest:
             largest = scores[j]
+    for j in range(first, stop):
+        out[j] = np.float32(exp(np.float64(scores[j]) - np.float64(largest)))
     total = 0.0
     for j in range(first, stop):
-        value = math.exp(np.float64(scores[j]) - np.float64(largest))
-        out[j] = np.float32(value)
         total += np.float64(out[j])
     for j in range(first, stop):
         out[j] = np.float32(np.float64(out[j]) / total)
@@ -316,10 +382,10 @@ def _transposed(k, begin, end, head, head_dim):  # type: ignore[no-untyped-def]
 
 @kernel(
     "void(R(float32, 2), R(float32, 2), R(float32, 2), R(int64, 1), "
-    "int64, int64, float32, int64, boolean, int64, int64, float32[:, ::1])"
+    "int64, int64, float32, int64, float64, boolean, int64, int64, float32[:, ::1])"
 )
 def _attention(  # type: ignore[no-untyped-def]
-    q, k, v, starts, n_heads, n_kv_heads, scale, window, f16, first_unit, end_unit, out
+    q, k, v, starts, n_heads, n_kv_heads, scale, window, cap, f16, first_unit, end_unit, out
 ):
     # A unit is one head of one sequence.
     head_dim = q.shape[1] // n_heads
@@ -339,15 +405,15 @@ def _attention(  # type: ignore[no-untyped-def]
         bits = weights.view(np.uint32)
         for i in range(length):
             first = _first_key(i, window)
-            _score_row(q[begin + i, left:right], kt, first, i + 1, scale, scores)
+            _score_row(q[begin + i, left:right], kt, first, i + 1, scale, cap, scores)
             _softmax_row(scores, first, i + 1, weights)
             if f16:
                 _round_row_to_f16(weights, bits, first, i + 1)
             _weighted_sum(weights, values, first, i + 1, out[begin + i, left:right])
 
 
-@kernel("void(R(float32, 2), R(float32, 2), int64, int64, float32, float32[:, ::1])")
-def _scores(q, k, n_heads, n_kv_heads, scale, out):  # type: ignore[no-untyped-def]
+@kernel("void(R(float32, 2), R(float32, 2), int64, int64, float32, float64, float32[:, ::1])")
+def _scores(q, k, n_heads, n_kv_heads, scale, cap, out):  # type: ignore[no-untyped-def]
     length = q.shape[0]
     head_dim = q.shape[1] // n_heads
     group = n_heads // n_kv_heads
@@ -356,7 +422,7 @@ def _scores(q, k, n_heads, n_kv_heads, scale, out):  # type: ignore[no-untyped-d
         for head in range(kv_head * group, (kv_head + 1) * group):
             for i in range(length):
                 row = out[i, head * length : (head + 1) * length]
-                _score_row(q[i, head * head_dim : (head + 1) * head_dim], kt, 0, length, scale, row)
+                _score_row(q[i, head * head_dim : (head + 1) * head_dim], kt, 0, length, scale, cap, row)
 
 
 @kernel("void(R(float32, 2), int64, int64, float32[:, ::1])")

@@ -17,12 +17,25 @@ def rms_norm(x: F64, weight: F64, eps: float) -> F64:
     return scaled.reshape(x.shape)
 
 
-def rope(x: F64, frequencies: F64, positions: NDArray[np.int64]) -> F64:
-    """Rotate split-half pairs of every head of ``[n, heads * head_dim]`` by ``position * frequency``."""
-    heads = x.reshape(x.shape[0], -1, 2, frequencies.shape[0])
-    pairs = heads[:, :, 0] + 1j * heads[:, :, 1]
-    turned = pairs * np.exp(1j * positions[:, None] * frequencies)[:, None, :]
-    return np.stack([turned.real, turned.imag], axis=2).reshape(x.shape)
+def rope(
+    x: F64,
+    frequencies: F64,
+    positions: NDArray[np.int64],
+    *,
+    scale: float = 1.0,
+    interleaved: bool = False,
+) -> F64:
+    """Rotate every head of ``[n, heads * head_dim]`` by ``position * frequency`` and stretch it by `scale`.
+
+    The pairs are split halves of the head, or neighbours where `interleaved`.
+    """
+    half = frequencies.shape[0]
+    split = (x.shape[0], -1, half, 2) if interleaved else (x.shape[0], -1, 2, half)
+    axis = 3 if interleaved else 2
+    first, second = np.moveaxis(x.reshape(split), axis, 0)
+    turn = scale * np.exp(1j * positions[:, None] * frequencies)
+    turned = (first + 1j * second) * turn[:, None, :]
+    return np.stack([turned.real, turned.imag], axis=axis).reshape(x.shape)
 
 
 def silu(gate: F64) -> F64:
@@ -33,6 +46,16 @@ def silu(gate: F64) -> F64:
 def swiglu(gate: F64, up: F64) -> F64:
     """``silu(gate) * up``."""
     return silu(gate) * up
+
+
+def gelu(gate: F64) -> F64:
+    """``x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""
+    return 0.5 * gate * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (gate + 0.044715 * gate**3)))
+
+
+def geglu(gate: F64, up: F64) -> F64:
+    """``gelu(gate) * up``."""
+    return gelu(gate) * up
 
 
 def visible(length: int, window: int | None) -> NDArray[np.bool_]:
@@ -51,6 +74,7 @@ def attention(
     n_kv_heads: int,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> F64:
     """Causal grouped-query attention, sequence by sequence; shapes as in `driftscope.kernels.forward`."""
     out = np.empty_like(q)
@@ -62,6 +86,8 @@ def attention(
             columns = slice(head * head_dim, (head + 1) * head_dim)
             kv_columns = slice(kv_head * head_dim, (kv_head + 1) * head_dim)
             scores = q[begin:end, columns] @ k[begin:end, kv_columns].T * scale
+            if soft_cap:
+                scores = soft_cap * np.tanh(scores / soft_cap)
             scores = np.where(mask, scores, -np.inf)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
