@@ -22,6 +22,7 @@ check: $(VENV)/.ready-test
 	snakefmt --check Snakefile workflow
 	mypy
 	driftscope contracts validate contracts
+	driftscope contracts lint contracts
 
 format: $(VENV)/.ready-test
 	ruff check --fix .

@@ -166,6 +166,24 @@ def test_contracts_are_validated() -> None:
     assert {"token-scope", "chain", "one-block"} <= {row["id"] for row in json.loads(out)}
 
 
+def test_lint_exits_with_1_where_a_claim_has_no_backing(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "contracts"
+    code, out, _ = driftscope("contracts", "lint", folder / "chain.yaml")
+    assert code == 0
+    assert "not checked: " in out
+    text = (folder / "chain.yaml").read_text(encoding="utf-8")
+    (tmp_path / "chain.yaml").write_text(text.replace("falsifiers: [chain-superlinear]", ""), encoding="utf-8")
+    code, out, _ = driftscope("contracts", "lint", tmp_path / "chain.yaml")
+    assert code == 1
+    assert "unbound-obligation" in out
+    code, _, err = driftscope("contracts", "discharge", tmp_path / "chain.yaml", "--results", tmp_path)
+    assert code == 1
+    assert "was not measured" in err
+    code, _, err = driftscope("contracts", "explain", "no-such-thing", "--contracts", folder)
+    assert code == 2
+    assert "no-such-thing" in err
+
+
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     heavy = {"numba", "polars", "pandera", "altair", "huggingface_hub", "snakemake", "tokenizers", "torch"}
     program = f"import sys, driftscope.cli; print(sorted({heavy} & set(sys.modules)))"

@@ -29,7 +29,7 @@ def evaluate(clause: Clause, document: Any) -> dict[str, Any]:
             threshold = resolve(document, clause.threshold_metric).value
         if clause.comparator not in ("within", "refuses", "empty"):
             result["threshold"] = threshold
-        states = [_compare(metric, clause, threshold) for metric in metrics]
+        states = [compare(metric, clause, threshold) for metric in metrics]
     except MissingMetricError as error:
         return {**result, "state": "missing", "missing": error.path, "found": None}
     state = conjunction(states)
@@ -48,7 +48,8 @@ def conjunction(states: Sequence[State]) -> State:
     return "holds" if states else "missing"
 
 
-def _compare(metric: Metric, clause: Clause, threshold: Any) -> State:
+def compare(metric: Metric, clause: Clause, threshold: Any) -> State:
+    """Compare one metric, with its interval, with a clause's threshold or band."""
     comparator = clause.comparator
     if comparator == "refuses":
         return _as_state(_refused(metric.value))

@@ -18,6 +18,9 @@ from driftscope.errors import InputError
 
 MINIMUM_REGIMES = 2
 
+DECIDED = ("supported", "falsified", "regime-dependent")
+"""Verdicts that answer the question of a falsifier."""
+
 
 def judge(contract: Contract, falsifier: Falsifier, measurement: Mapping[str, Any] | None) -> dict[str, Any]:
     """Judge one falsifier by its measurement.
@@ -56,7 +59,7 @@ def judge(contract: Contract, falsifier: Falsifier, measurement: Mapping[str, An
     domain = _judge_domain(falsifier, document)
     verdict, reason = _verdict(falsifier, measurement, regimes, controls, domain)
     judgement = falsifier.judgement
-    decided = verdict in ("supported", "falsified", "regime-dependent")
+    decided = verdict in DECIDED
     shown = {**document, "clauses": {clause.id: clause.model_dump() for clause in judgement.clauses}}
     return {
         "id": falsifier.id,
@@ -185,7 +188,7 @@ def _refuse_other_parameters(falsifier: Falsifier, measurement: Mapping[str, Any
 
 
 def _found(falsifier: Falsifier, verdict: Verdict, reason: str, shown: Mapping[str, Any]) -> str:
-    if verdict in ("supported", "falsified", "regime-dependent"):
+    if verdict in DECIDED:
         return _sentence(falsifier, "found", falsifier.judgement.text.found, verdict, shown, needed=True)
     lead = {
         "not-run": "Not measured",
