@@ -172,7 +172,9 @@ def test_lint_exits_with_1_where_a_claim_has_no_backing(tmp_path: Path) -> None:
     assert code == 0
     assert "not checked: " in out
     text = (folder / "chain.yaml").read_text(encoding="utf-8")
-    (tmp_path / "chain.yaml").write_text(text.replace("falsifiers: [chain-superlinear]", ""), encoding="utf-8")
+    (tmp_path / "chain.yaml").write_text(
+        text.replace("falsifiers: [chain-superlinear]", ""), encoding="utf-8"
+    )
     code, out, _ = driftscope("contracts", "lint", tmp_path / "chain.yaml")
     assert code == 1
     assert "unbound-obligation" in out
