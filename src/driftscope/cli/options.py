@@ -25,7 +25,7 @@ Results = Annotated[Path, typer.Option(help="results folder of the case")]
 def open_any(path: Path) -> Any:
     """Open a model by its file, its folder or its manifest."""
     from driftscope.artifacts.open import open_artifact
-    from driftscope.stages.manifest import open_model
+    from driftscope.evidence.manifest import open_model
 
     return open_model(path)[0] if path.suffix == ".json" else open_artifact(path)
 

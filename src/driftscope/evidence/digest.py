@@ -12,8 +12,8 @@ from typing import Any
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
-    "fetch": ("artifacts", "stages/manifest.py", "stages/models.py"),
-    "derive": ("artifacts", "kernels", "stages/manifest.py", "stages/models.py"),
+    "fetch": ("artifacts", "evidence/manifest.py", "stages/models.py"),
+    "derive": ("artifacts", "kernels", "evidence/manifest.py", "stages/models.py"),
     "prompts": ("artifacts", "stages/prompts.py"),
     "sweep": ("artifacts", "kernels", "analysis", "evidence", "stages/sweep.py"),
     "trace": (
@@ -30,7 +30,10 @@ STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
         *("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
         *("stages/arrays.py", "stages/decompose.py"),
     ),
-    "measure": ("kernels", "falsifiers", "analysis", "evidence", "stages/falsify.py"),
+    "measure": (
+        *("artifacts", "kernels", "forward", "engines", "analysis", "evidence", "falsifiers"),
+        "stages/falsify.py",
+    ),
     "judge": ("contracts", "report", "evidence", "stages/falsify.py"),
     "report": ("report", "evidence", "stages/report.py"),
 }

@@ -16,10 +16,10 @@ from driftscope.config import PAIRS, PATHS, DecompositionSpec
 from driftscope.errors import InputError
 from driftscope.evidence.digest import sha256_file
 from driftscope.evidence.header import EvidenceHeader
+from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_json, read_table, write_json, write_table
 from driftscope.forward.policy import LAYER_SITES, WHOLE_MODEL, Choice, Policy
 from driftscope.stages.arrays import Arrays, write_arrays
-from driftscope.stages.manifest import open_model
 from driftscope.stages.prompts import prompt_set, slices_of
 
 TEACHER = Choice("teacher", "f32")

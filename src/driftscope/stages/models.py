@@ -8,7 +8,7 @@ from pathlib import Path
 from driftscope.config import Config, ModelSpec
 from driftscope.errors import InputError
 from driftscope.evidence.header import EvidenceHeader
-from driftscope.stages.manifest import open_model, write_manifest
+from driftscope.evidence.manifest import open_model, write_manifest
 
 Progress = Callable[[int, int], None]
 

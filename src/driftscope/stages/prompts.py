@@ -11,8 +11,8 @@ from driftscope.config import Config
 from driftscope.errors import InputError
 from driftscope.evidence.digest import sha256_json
 from driftscope.evidence.header import EvidenceHeader
+from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_json, write_json
-from driftscope.stages.manifest import open_model
 
 SETS = ("trace", "texts")
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from driftscope.config import Config
 from driftscope.evidence.digest import code_digest, sha256_json
+from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_json, read_table, read_table_header
-from driftscope.stages.manifest import open_model
 
 TABLES = {"sweep": ("sweep.parquet", "sweep"), "divergence": ("divergence.parquet", "divergence")}
 DOCUMENTS = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from driftscope.evidence.digest import sha256_file
 from driftscope.evidence.header import EvidenceHeader
+from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_json, read_table, write_json, write_table
-from driftscope.stages.manifest import open_model
 
 
 def shard(teacher: Path, candidate: Path, index: int, count: int, out: Path, *, threads: int) -> None:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from driftscope.errors import InputError
 from driftscope.evidence.digest import sha256_file
 from driftscope.evidence.header import EvidenceHeader
+from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_table, write_json, write_table
 from driftscope.stages.arrays import Arrays, write_arrays
-from driftscope.stages.manifest import open_model
 from driftscope.stages.prompts import prompt_set, slices_of
 
 if TYPE_CHECKING:
