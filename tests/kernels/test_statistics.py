@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -66,3 +67,61 @@ def test_the_position_of_the_maximum_counts_from_the_prompt() -> None:
 def test_no_tokens_have_no_statistics() -> None:
     with pytest.raises(ValueError, match="at least one"):
         tap_statistics(np.zeros((2, 3), np.float32)).pooled(1, 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_moments_have_the_bits_of_the_documented_order(data: st.DataObject) -> None:
+    channels = data.draw(st.integers(1, 100))
+    value = data.draw(st.sampled_from([VALUES, st.floats(-2, 2, width=32)]))
+    row = np.array(data.draw(st.lists(value, min_size=channels, max_size=channels)), np.float32)
+    found = tap_statistics(row[None, :])
+    if np.isfinite(row).any():
+        assert (found.mean[0], found.centred[0]) == reference.lane_moments(row)
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 17, 64, 3584])
+def test_statistics_of_one_token_are_scipys(channels: int) -> None:
+    x = np.random.Generator(np.random.Philox(channels)).normal(3, 2, (1, channels)).astype(np.float32)
+    found = tap_statistics(x).pooled(0, 1)
+    described = scipy.stats.describe(x[0].astype(np.float64), ddof=min(1, channels - 1))
+    assert (found.count, found.min, found.max) == (described.nobs, *described.minmax)
+    assert found.mean == pytest.approx(described.mean, rel=1e-13)
+    if channels > 1:
+        assert found.std == pytest.approx(np.sqrt(described.variance), rel=1e-12)
+    assert found.rms == pytest.approx(scipy.stats.pmean(np.abs(x[0].astype(float)), 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -0.0, 9e9, -9e9])
+def test_a_value_is_found_in_every_lane_and_in_the_rest(value: float) -> None:
+    for at in (0, 5, 15, 16, 31, 32, 36):
+        x = np.random.Generator(np.random.Philox(6)).standard_normal((3, 37), dtype=np.float32)
+        x[1, at] = value
+        assert_agrees(x, 0, 3)
+        assert_agrees(x, 1, 2)
+
+
+def test_a_channel_is_found_wherever_it_is_and_the_first_of_equals() -> None:
+    for at in (0, 63, 64, 65, 127, 199):
+        x = np.zeros((1, 200), np.float32)
+        x[0, at:] = -7.0
+        assert tap_statistics(x).pooled(0, 1).argmax_channel == at
+
+
+def test_pooling_does_not_depend_on_what_is_around() -> None:
+    x = np.random.Generator(np.random.Philox(7)).standard_normal((9, 40), dtype=np.float32)
+    assert tap_statistics(x).pooled(2, 6, origin=2) == tap_statistics(x[2:6]).pooled(0, 4)
+
+
+def test_the_two_zeros_are_one() -> None:
+    found = tap_statistics(np.array([[-0.0, -0.0]], np.float32)).pooled(0, 1)
+    assert math.copysign(1, found.min) == math.copysign(1, found.max) == 1  # type: ignore[arg-type]
+
+
+def test_nothing_finite() -> None:
+    found = tap_statistics(np.full((2, 20), np.nan, np.float32)).pooled(0, 2)
+    assert (found.mean, found.std, found.min, found.argmax_channel, found.nan_count) == (
+        *(None, None, None),
+        -1,
+        40,
+    )

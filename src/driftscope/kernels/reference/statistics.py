@@ -29,3 +29,31 @@ def pooled(x: NDArray[np.float32]) -> dict[str, Any]:
         "argmax_channel": int(channel),
         "argmax_position": int(position),
     }
+
+
+def lane_moments(row: NDArray[np.float32]) -> tuple[float, float]:
+    """Mean of a row's finite values and sum of their squared distances from it, in the kernel's order.
+
+    Sixteen sums in float64, each of every sixteenth channel, added half to half.
+    """
+    lanes = 16
+    finite = np.isfinite(row)
+    n = int(finite.sum())
+
+    def total(values: NDArray[np.float64]) -> float:
+        padded = np.zeros(-(-len(values) // lanes) * lanes)
+        padded[: len(values)] = np.where(finite, values, 0.0)
+        sums = np.zeros(lanes)
+        for group in padded.reshape(-1, lanes):
+            sums = sums + group
+        while len(sums) > 1:
+            half = len(sums) // 2
+            sums = sums[:half] + sums[half:]
+        return float(sums[0])
+
+    with np.errstate(invalid="ignore"):
+        wide = row.astype(np.float64)
+        mean = total(wide) / n
+        away = wide - mean
+        residue = total(away)
+        return mean, max(total(away * away) - residue * residue / n, 0.0)
