@@ -24,7 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.errors import InputError
-from driftscope.kernels.jit import bits_of, device, kernel
+from driftscope.kernels.jit import bits_of, bits_to_float, device, kernel
+from driftscope.kernels.parallel import over_rows
+from driftscope.kernels.rounding import (
+    largest_of_each_sign,
+    nearest_bf16,
+    nearest_f16,
+    quantize_half_away,
+    quantize_half_to_even,
+    quantize_quotients_half_away,
+)
 
 _SIMD, _PORTABLE, _SIGNED, _APR = range(4)
 
@@ -38,6 +47,9 @@ _INTEGER = {
     "apr_q8k": (256, _APR),
 }
 _FLOAT = ("none", "f16", "bf16")
+
+_GRAIN = 1 << 16
+_SIZE = np.uint32(0x7FFFFFFF)
 
 ACTIVATION_FORMATS = (*_FLOAT, *_INTEGER)
 
@@ -83,51 +95,61 @@ class QuantizedActivation:
             return np.repeat(self.d, self.block_size, axis=1) * self.quants.astype(np.float32)
 
 
-def quantize_activation(x: NDArray[np.float32], fmt: str) -> RoundedActivation | QuantizedActivation:
+def quantize_activation(
+    x: NDArray[np.float32], fmt: str, *, threads: int = 1
+) -> RoundedActivation | QuantizedActivation:
     """Convert an activation.
 
     Args:
         x: ``float32[n, k]``.
         fmt: one of `ACTIVATION_FORMATS`.
+        threads: number of threads; the result does not depend on it.
 
     Raises:
         InputError: unknown format, or k is not a multiple of its block size.
     """
     x = np.ascontiguousarray(x, np.float32)
+    n, k = x.shape
+    # A thread costs more than to convert some ten thousand values.
+    spread = {"threads": threads, "grain": max(1, _GRAIN // max(1, k))}
+    if fmt == "none":
+        return RoundedActivation(fmt, x)
     if fmt in _FLOAT:
-        return RoundedActivation(fmt, _rounded(x, fmt))
+        values, work = np.empty_like(x), _ROUND[fmt]
+        over_rows(lambda first, end: work(x[first:end], values[first:end]), n, **spread)
+        return RoundedActivation(fmt, values)
     if fmt not in _INTEGER:
         raise InputError(f"activation format {fmt!r} is not known; known are {', '.join(ACTIVATION_FORMATS)}")
     block_size, rule = _INTEGER[fmt]
-    n, k = x.shape
     if k % block_size:
         raise InputError(f"rows of {k} values cannot be {fmt}: expected a multiple of {block_size} values")
     quants = np.empty((n, k), np.int8)
     d = np.empty((n, k // block_size), np.float32)
     s = np.empty_like(d)
-    _quantize_rows(x, block_size, rule, quants, d, s)
-    if block_size == 256:
-        return QuantizedActivation(fmt, block_size, quants, d, None)
-    keeps_sum = fmt.startswith("q8_1")
-    return QuantizedActivation(fmt, block_size, quants, _as_f16(d), _as_f16(s) if keeps_sum else None)
+
+    def part(first: int, end: int) -> None:
+        rows = slice(first, end)
+        _quantize_rows(x[rows], block_size, rule, quants[rows], d[rows], s[rows])
+
+    over_rows(part, n, **spread)
+    return QuantizedActivation(fmt, block_size, quants, d, s if fmt.startswith("q8_1") else None)
 
 
-def _as_f16(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    with np.errstate(all="ignore"):
-        return values.astype(np.float16).astype(np.float32)
+@kernel("void(R(f4, 2), f4[:, ::1])")
+def _round_f16(x: Any, out: Any) -> None:
+    for t in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            out[t, c] = nearest_f16(x[t, c])
 
 
-def _rounded(x: NDArray[np.float32], fmt: str) -> NDArray[np.float32]:
-    if fmt == "f16":
-        return _as_f16(x)
-    if fmt == "bf16":
-        bits = x.view(np.uint32)
-        nearest = bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))
-        # ggml_compute_fp32_to_bf16 keeps a NaN's sign and makes it quiet.
-        return (np.where(np.isnan(x), bits | np.uint32(0x400000), nearest) & np.uint32(0xFFFF0000)).view(
-            np.float32
-        )
-    return x
+@kernel("void(R(f4, 2), f4[:, ::1])")
+def _round_bf16(x: Any, out: Any) -> None:
+    for t in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            out[t, c] = nearest_bf16(x[t, c])
+
+
+_ROUND = {"f16": _round_f16, "bf16": _round_bf16}
 
 
 @device
@@ -227,18 +249,68 @@ def _apr_block(x: Any, quants: Any) -> Any:
     return scale
 
 
+@device
+def _odd_block(x: Any, quants: Any, rule: Any, lanes: Any) -> Any:
+    """``(d, d * sum)`` of a block with values or a scale that are not finite, value by value."""
+    if rule == _SIMD:
+        return _simd_block(x, quants, lanes)
+    if rule == _PORTABLE:
+        return _portable_block(x, quants)
+    if rule == _SIGNED:
+        return _signed_block(x, quants), np.float32(0.0)
+    return _apr_block(x, quants), np.float32(0.0)
+
+
+@device
+def _first_sign(x: Any, largest: Any) -> Any:
+    """The first value of that magnitude."""
+    for i in range(x.shape[0]):
+        if abs(x[i]) == largest:
+            return x[i]
+    return largest
+
+
 @kernel("void(R(f4, 2), int64, int64, int8[:, ::1], f4[:, ::1], f4[:, ::1])")
 def _quantize_rows(x: Any, block_size: int, rule: int, quants: Any, d: Any, s: Any) -> None:
     lanes = np.empty(8, np.float32)
+    zero, one, full = np.float32(0.0), np.float32(1.0), np.float32(127.0)
     for t in range(x.shape[0]):
+        values, into = x[t], quants[t]
         for b in range(d.shape[1]):
-            values = x[t, b * block_size : (b + 1) * block_size]
-            into = quants[t, b * block_size : (b + 1) * block_size]
+            at = b * block_size
+            extremes = largest_of_each_sign(values, at, block_size)
+            positive, negative = np.uint32(extremes), np.uint32(extremes >> np.uint64(32))
+            # No value of a sign leaves a pattern of the other one.
+            positive = np.uint32(0) if positive > _SIZE else positive
+            negative = np.uint32(negative & _SIZE) if negative > _SIZE else np.uint32(0)
+            largest = bits_to_float(np.uint32(max(positive, negative)))
+            scale, total = zero, 0
             if rule == _SIMD:
-                d[t, b], s[t, b] = _simd_block(values, into, lanes)
+                factor = full / largest if largest != zero else zero
+                scale = largest / full
             elif rule == _PORTABLE:
-                d[t, b], s[t, b] = _portable_block(values, into)
+                scale = largest / full
+                factor = one / scale if scale != zero else zero
             elif rule == _SIGNED:
-                d[t, b] = _signed_block(values, into)
+                signed = largest if positive > negative else -largest
+                if positive == negative:
+                    signed = _first_sign(values[at : at + block_size], largest)
+                factor = -full / signed if largest != zero else zero
+                scale = one / factor if largest != zero else zero
             else:
-                d[t, b] = _apr_block(values, into)
+                factor = largest / full if largest > np.float32(1e-10) else one / full
+                scale = factor
+            if not (np.isfinite(largest) and np.isfinite(factor)):
+                stop = at + block_size
+                d[t, b], s[t, b] = _odd_block(values[at:stop], into[at:stop], rule, lanes)
+            else:
+                if rule == _PORTABLE:
+                    total = quantize_half_away(values, at, block_size, factor, into)
+                elif rule == _APR:
+                    total = quantize_quotients_half_away(values, at, block_size, factor, into)
+                else:
+                    total = quantize_half_to_even(values, at, block_size, factor, into)
+                d[t, b] = scale
+                s[t, b] = scale * np.float32(total)
+            if block_size == 32:
+                d[t, b], s[t, b] = nearest_f16(d[t, b]), nearest_f16(s[t, b])

@@ -32,7 +32,7 @@ def _pointer(context: Any, builder: Any, kind: Any, array: Any, vector: Any) -> 
     return builder.bitcast(data, vector.as_pointer())
 
 
-def _over(
+def over(
     builder: Any, count: Any, initial: list[Any], step: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
     """``for k in range(count): values = step(k, values)`` with the values in registers."""
@@ -100,7 +100,7 @@ def take_extremes_and_sums(_context: Any, x: Any, groups: Any, sums: Any, extrem
             ]
 
         start = [builder.load(place, align=4) for place in places]
-        for place, value in zip(places, _over(builder, arguments[1], start, step), strict=True):
+        for place, value in zip(places, over(builder, arguments[1], start, step), strict=True):
             builder.store(value, place, align=4)
         return context.get_dummy_value()
 
@@ -132,7 +132,7 @@ def take_squares(_context: Any, x: Any, groups: Any, mean: Any, sums: Any) -> An
             return [builder.fadd(before[0], builder.fmul(away, away)), builder.fadd(before[1], away)]
 
         initial = [builder.load(place, align=8) for place in places]
-        for place, value in zip(places, _over(builder, arguments[1], initial, step), strict=True):
+        for place, value in zip(places, over(builder, arguments[1], initial, step), strict=True):
             builder.store(value, place, align=8)
         return context.get_dummy_value()
 
