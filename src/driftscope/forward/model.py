@@ -169,7 +169,18 @@ class ForwardPass:
         _emit(tap, layer, "q_post_rope", q)
         _emit(tap, layer, "k_post_rope", k)
         self._emit_attention_maps(tap, layer, q, k, batch)
-        x = kernels.attention(
+        x = self._attend(layer, q, k, v, batch)
+        _emit(tap, layer, "attention", x)
+        x = self._matmul(x, layer, "o")
+        _emit(tap, layer, "attn_out", x)
+        hidden = hidden + x
+        _emit(tap, layer, "post_attn_residual", hidden)
+        return hidden
+
+    def _attend(self, layer: int, q: F32, k: F32, v: F32, batch: TokenBatch) -> F32:
+        """Attention of a layer; a pass that keeps keys and values puts its own in this place."""
+        config = self.config
+        return kernels.attention(
             q,
             k,
             v,
@@ -181,12 +192,6 @@ class ForwardPass:
             kv_type=self.policy.kv_type,
             threads=self._threads,
         )
-        _emit(tap, layer, "attention", x)
-        x = self._matmul(x, layer, "o")
-        _emit(tap, layer, "attn_out", x)
-        hidden = hidden + x
-        _emit(tap, layer, "post_attn_residual", hidden)
-        return hidden
 
     def _mlp_block(self, hidden: F32, layer: int, tap: TapConsumer | None) -> F32:
         x = self._norm(hidden, layer, f"model.layers.{layer}.post_attention_layernorm.weight")
