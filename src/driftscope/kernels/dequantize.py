@@ -17,7 +17,9 @@ from driftscope.kernels.vectors import scale_16, scale_16_add, scale_16_subtract
 # calls from Python do not matter.
 SLAB_VALUES = 1 << 16
 
-_OFFSETS = {"none": 0, "subtract": 1, "add": 2}
+# How a kernel is told what `BlockFormat.offset` says.
+OFFSETS = {"none": 0, "subtract": 1, "add": 2}
+_OFFSETS = OFFSETS
 
 
 def dequantize(raw: NDArray[np.uint8], dtype: str, *, threads: int = 1) -> NDArray[np.float32]:
@@ -77,7 +79,7 @@ def expand(unpacked: UnpackedRows, out: NDArray[np.float32]) -> None:
     _expand_rows(
         layout.sub_block,
         layout.block_size,
-        _OFFSETS[layout.offset],
+        OFFSETS[layout.offset],
         unpacked.quants,
         unpacked.scales,
         unpacked.mins,

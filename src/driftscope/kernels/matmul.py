@@ -7,18 +7,16 @@ threads and the width of the vectors, because vectors run across tokens and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.errors import InputError
 from driftscope.kernels.activations import RoundedActivation, quantize_activation
-from driftscope.kernels.dequantize import dequantize, expand, plain_values, slab_rows
-from driftscope.kernels.formats import format_of, row_columns
+from driftscope.kernels.dequantize import OFFSETS, SLAB_VALUES, dequantize, slab_rows
+from driftscope.kernels.float_tiles import FLOAT_KINDS, WIDTH, multiply_floats, multiply_unpacked, pack_tokens
+from driftscope.kernels.formats import BlockFormat, format_of, row_columns
 from driftscope.kernels.integer_tiles import Blocks, IntegerPanels, IntegerRows, multiply_integer_panels
 from driftscope.kernels.parallel import over_rows
-from driftscope.kernels.tiles import multiply_panels, pack_f32
 from driftscope.kernels.unpack import UnpackedRows, check_raw
 
 
@@ -35,7 +33,7 @@ def matmul_f32(x: NDArray[np.float32], w: NDArray[np.float32], *, threads: int =
         IEEE; the payload of a NaN is not specified.
     """
     w = np.ascontiguousarray(w, np.float32)
-    return _in_slabs(x, w.shape, threads, lambda: lambda first, end: w[first:end])
+    return _floats(x, w.view(np.uint8), "F32", threads)
 
 
 def matmul_f32_quantized(
@@ -56,47 +54,61 @@ def matmul_f32_quantized(
         InputError: unknown format, or a row that does not have k values.
     """
     layout = format_of(dtype)
-    shape = (raw.shape[0], row_columns(dtype, raw.shape[1]))
     if layout.is_integer:
-        raw, n_columns = check_raw(raw, dtype)
-        slab = min(slab_rows(n_columns), max(1, shape[0]))
-
-        def reader() -> Callable[[int, int], NDArray[np.float32]]:
-            unpacked = UnpackedRows.empty(layout, slab, n_columns)
-            values = np.empty((slab, n_columns), np.float32)
-
-            def read(first: int, end: int) -> NDArray[np.float32]:
-                unpacked.fill(raw, first, end)
-                expand(unpacked, values[: end - first])
-                return values[: end - first]
-
-            return read
-
-        return _in_slabs(x, shape, threads, reader)
-    if layout.native:
-        return _in_slabs(x, shape, threads, lambda: lambda first, end: plain_values(raw[first:end], dtype))
-    return _in_slabs(x, shape, threads, lambda: lambda first, end: dequantize(raw[first:end], dtype))
+        return _blocks(x, raw, layout, threads)
+    if dtype in FLOAT_KINDS:
+        return _floats(x, raw, dtype, threads)
+    check_factor(x, row_columns(dtype, raw.shape[1]))
+    out = np.empty((x.shape[0], raw.shape[0]), np.float32)
+    for first in range(0, raw.shape[0], _ROWS_READ):
+        rows = dequantize(raw[first : first + _ROWS_READ], dtype, threads=threads)
+        out[:, first : first + _ROWS_READ] = matmul_f32(x, rows, threads=threads)
+    return out
 
 
-Reader = Callable[[int, int], NDArray[np.float32]]
+# Rows of a format without a kernel of ours that are held as f32 at a time.
+_ROWS_READ = 512
 
 
-def _in_slabs(
-    x: NDArray[np.float32], shape: tuple[int, ...], threads: int, reader: Callable[[], Reader]
-) -> NDArray[np.float32]:
-    """Multiply `x` with rows that ``reader()`` gives as ``f32[end - first, k]``; one reader a range."""
-    n_rows, n_columns = shape
+def _floats(x: NDArray[np.float32], raw: NDArray[np.uint8], dtype: str, threads: int) -> NDArray[np.float32]:
+    """`x` times stored rows of F32, BF16 or F16."""
+    raw, n_columns = check_raw(raw, dtype)
     check_factor(x, n_columns)
-    out = np.empty((x.shape[0], n_rows), np.float32)
-    panels = pack_f32(x)
-    slab = slab_rows(n_columns)
+    out = np.empty((x.shape[0], raw.shape[0]), np.float32)
+    if not x.shape[0]:
+        return out
+    packed, kind = pack_tokens(x), FLOAT_KINDS[dtype]
 
     def work(first: int, end: int) -> None:
-        read = reader()
-        for start in range(first, end, slab):
-            multiply_panels(panels, read(start, min(end, start + slab)), out, start)
+        multiply_floats(packed, raw, kind, first, end, out)
 
-    over_rows(work, n_rows, threads=threads, grain=slab)
+    over_rows(work, raw.shape[0], threads=threads, grain=WIDTH)
+    return out
+
+
+def _blocks(
+    x: NDArray[np.float32], raw: NDArray[np.uint8], layout: BlockFormat, threads: int
+) -> NDArray[np.float32]:
+    """`x` times stored rows of a block format."""
+    raw, n_columns = check_raw(raw, layout.name)
+    check_factor(x, n_columns)
+    out = np.empty((x.shape[0], raw.shape[0]), np.float32)
+    if not x.shape[0]:
+        return out
+    packed = pack_tokens(x)
+    slab = max(1, SLAB_VALUES // max(1, n_columns) // WIDTH) * WIDTH
+
+    def work(first: int, end: int) -> None:
+        rows = UnpackedRows.empty(layout, min(slab, -(-(end - first) // WIDTH) * WIDTH), n_columns)
+        for start in range(first, end, slab):
+            stop = min(end, start + slab)
+            rows.fill(raw, start, stop)
+            multiply_unpacked(
+                *(packed, rows.quants, rows.scales, rows.mins, rows.d, rows.dmin),
+                *(layout.sub_block, layout.block_size, OFFSETS[layout.offset], stop - start, out, start),
+            )
+
+    over_rows(work, raw.shape[0], threads=threads, grain=WIDTH)
     return out
 
 

@@ -1,0 +1,196 @@
+"""Products of f32 activations with rows of weights that are decoded a panel at a time.
+
+A panel holds LANES rows side by side and DEPTH columns: stored rows are decoded straight into it, then
+every token passes over it. So each weight is decoded once and read from the first-level cache, and one
+token costs no padding. The chain of an output is column 0 first, whatever the widths are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.kernels import float_vectors as vectors
+from driftscope.kernels.float_vectors import DEPTH, LANES, PANELS, WIDTH
+from driftscope.kernels.jit import device, kernel
+
+# How `multiply_floats` is told the format.
+FLOAT_KINDS = {"F32": 0, "BF16": 1, "F16": 2}
+
+_STEP = 8
+_ROW_BLOCK = 16
+
+
+def pack_tokens(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``f32[parts, n, DEPTH]``: the columns of `x` in parts, the last one padded with zeros."""
+    n, k = x.shape
+    parts = -(-k // DEPTH)
+    packed = np.zeros((parts, n, DEPTH), np.float32)
+    whole = k // DEPTH
+    packed[:whole] = x[:, : whole * DEPTH].reshape(n, whole, DEPTH).transpose(1, 0, 2)
+    if whole < parts:
+        packed[whole, :, : k - whole * DEPTH] = x[:, whole * DEPTH :]
+    return packed
+
+
+@device
+def _multiply(panel: Any, x: Any, part: int, n: int, sums: Any, count: int) -> None:
+    """Every token over the panels; tiles of at most six tokens, as even as they come."""
+    start = part * n * DEPTH
+    if n == 1:
+        vectors.multiply_1x2(panel, x, start, sums, 0, count)
+        return
+    if n == 2:
+        vectors.multiply_2x2(panel, x, start, sums, 0, count)
+        return
+    tiles = (n + 5) // 6
+    for p in range(PANELS):
+        for tile in range(tiles):
+            first = n * tile // tiles
+            tokens = n * (tile + 1) // tiles - first
+            at, to = start + first * DEPTH, first * WIDTH + p * LANES
+            if tokens == 6:
+                vectors.multiply_6x1(panel[p], x, at, sums, to, count)
+            elif tokens == 5:
+                vectors.multiply_5x1(panel[p], x, at, sums, to, count)
+            elif tokens == 4:
+                vectors.multiply_4x1(panel[p], x, at, sums, to, count)
+            else:
+                vectors.multiply_3x1(panel[p], x, at, sums, to, count)
+
+
+@device
+def _clear(sums: Any) -> None:
+    for t in range(sums.shape[0]):
+        for r in range(WIDTH):
+            sums[t, r] = 0.0
+
+
+@device
+def _store(sums: Any, n_rows: int, out: Any, to: int) -> None:
+    for t in range(out.shape[0]):
+        row = out[t, to : to + n_rows]
+        for r in range(n_rows):
+            row[r] = sums[t, r]
+
+
+@device
+def _scales_of(scales: Any, d: Any, row: int, first: int, count: int, per_block: int, out: Any) -> None:
+    """``out[s, r] = d * scale`` of sub-blocks `first` .. of WIDTH rows."""
+    step, d_step = scales.shape[1], d.shape[1]
+    whole = count // _STEP * _STEP if per_block == 1 or per_block >= _STEP else 0
+    for eight in range(0, WIDTH, _STEP):
+        r = row + eight
+        for s in range(0, whole, _STEP):
+            at, block, to = r * step + first + s, r * d_step + (first + s) // per_block, s * WIDTH + eight
+            if per_block == 1:
+                vectors.spread_scales_each(scales, at, step, d, block, d_step, out, to)
+            else:
+                vectors.spread_scales(scales, at, step, d, block, d_step, out, to)
+        for s in range(whole, count):
+            for i in range(_STEP):
+                out[s, eight + i] = d[r + i, (first + s) // per_block] * np.float32(scales[r + i, first + s])
+
+
+@kernel(
+    "void(f4[:,:,::1], int8[:,::1], int8[:,::1], int8[:,::1], f4[:,::1], f4[:,::1],"
+    " int64, int64, int64, int64, f4[:,::1], int64)"
+)
+def multiply_unpacked(
+    x: Any,
+    quants: Any,
+    scales: Any,
+    mins: Any,
+    d: Any,
+    dmin: Any,
+    sub_block: int,
+    block: int,
+    offset: int,
+    n_rows: int,
+    out: Any,
+    to: int,
+) -> None:
+    """Columns ``to .. to + n_rows`` of `out` from unpacked rows (`driftscope.kernels.unpack`).
+
+    `x` is `pack_tokens` of the activations. The arrays of rows have room for a multiple of WIDTH rows;
+    `offset` is 0, 1 or 2: nothing, minus, plus the minimum.
+    """
+    n = x.shape[1]
+    k = quants.shape[1]
+    per_block = block // sub_block
+    sums = np.empty((n, WIDTH), np.float32)
+    panel = np.empty((PANELS, DEPTH, LANES), np.float32)
+    scale = np.empty((DEPTH // _ROW_BLOCK, WIDTH), np.float32)
+    shift = np.zeros((DEPTH // _ROW_BLOCK, WIDTH), np.float32)
+    for row in range(0, n_rows, WIDTH):
+        _clear(sums)
+        for part in range(x.shape[0]):
+            start = part * DEPTH
+            count = min(DEPTH, k - start)
+            subs = count // sub_block
+            _scales_of(scales, d, row, start // sub_block, subs, per_block, scale)
+            if offset:
+                _scales_of(mins, dmin, row, start // sub_block, subs, per_block, shift)
+            for eight in range(0, WIDTH, _STEP):
+                lane = eight // LANES * DEPTH * LANES + eight % LANES
+                for c in range(0, count, _ROW_BLOCK):
+                    at, to_lane = (row + eight) * k + start + c, lane + c * LANES
+                    s = c // sub_block * WIDTH + eight
+                    if offset == 0:
+                        vectors.spread_quants(quants, at, k, scale, shift, s, panel, to_lane)
+                    elif offset == 1:
+                        vectors.spread_quants_subtract(quants, at, k, scale, shift, s, panel, to_lane)
+                    else:
+                        vectors.spread_quants_add(quants, at, k, scale, shift, s, panel, to_lane)
+            _multiply(panel, x, part, n, sums, count)
+        _store(sums, min(WIDTH, n_rows - row), out, to + row)
+
+
+@device
+def _spread_floats(raw: Any, at: int, step: int, kind: int, size: int, count: int, panel: Any) -> None:
+    """WIDTH rows that are `step` bytes apart, from byte `at`, to the panels."""
+    for eight in range(0, WIDTH, _STEP):
+        lane = eight // LANES * DEPTH * LANES + eight % LANES
+        for c in range(0, count, _STEP):
+            source, to = at + eight * step + c * size, lane + c * LANES
+            if kind == 0:
+                vectors.spread_f32(raw, source, step, panel, to)
+            elif kind == 1:
+                vectors.spread_bf16(raw, source, step, panel, to)
+            else:
+                vectors.spread_f16(raw, source, step, panel, to)
+
+
+@kernel("void(f4[:,:,::1], R(uint8, 2), int64, int64, int64, f4[:,::1])")
+def multiply_floats(x: Any, raw: Any, kind: int, first: int, end: int, out: Any) -> None:
+    """Columns ``first .. end`` of `out` from these rows of stored f32, bf16 or f16 (`kind` 0, 1, 2).
+
+    `x` is `pack_tokens` of the activations, `raw` is uint8[rows, columns * 4 or 2].
+    """
+    n = x.shape[1]
+    step = raw.shape[1]
+    size = 2 if kind else 4
+    k = step // size
+    sums = np.empty((n, WIDTH), np.float32)
+    panel = np.empty((PANELS, DEPTH, LANES), np.float32)
+    # Fewer than WIDTH rows or a number of columns that is not a multiple of eight are filled up with zeros.
+    padded = np.zeros((WIDTH, DEPTH * size), np.uint8)
+    for row in range(first, end, WIDTH):
+        n_rows = min(WIDTH, end - row)
+        _clear(sums)
+        for part in range(x.shape[0]):
+            start = part * DEPTH
+            count = min(DEPTH, k - start)
+            if n_rows == WIDTH and count % _STEP == 0:
+                _spread_floats(raw, row * step + start * size, step, kind, size, count, panel)
+            else:
+                for r in range(n_rows):
+                    padded[r, : count * size] = raw[row + r, start * size : (start + count) * size]
+                for r in range(WIDTH):
+                    padded[r, count * size :] = 0
+                count += count & 1
+                _spread_floats(padded, 0, DEPTH * size, kind, size, count, panel)
+            _multiply(panel, x, part, n, sums, count)
+        _store(sums, n_rows, out, row)

@@ -1,0 +1,321 @@
+"""Vector operations of the f32 products, written in LLVM's intermediate language.
+
+Plain vector instructions with no fast-math flag, as in `driftscope.kernels.vectors`: no fused
+multiply-add, so the results are the same on every host. Sixteen rows of weights lie side by side in a
+panel ``f32[k, LANES]``; a vector runs across rows and never along one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from driftscope.kernels.jit import intrinsic
+
+# Rows side by side in a panel; two vectors of eight in AVX2, one of sixteen in AVX-512.
+LANES = 16
+# Panels that are worked on together, and the rows in them.
+PANELS = 2
+WIDTH = PANELS * LANES
+# Columns that are worked on at a time. Partial sums are stored between them, so this does not change the
+# order of accumulation.
+DEPTH = 512
+_EIGHT = 8
+
+_I8, _I32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
+_FLOATS, _INTS = ir.VectorType(_FLOAT, _EIGHT), ir.VectorType(_I32, _EIGHT)
+
+
+def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Pointer to element `index` of a C-contiguous array."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+
+
+def _load(builder: Any, pointer: Any, vector: Any, align: int) -> Any:
+    return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=align)
+
+
+def _store(builder: Any, values: Any, pointer: Any, align: int) -> None:
+    builder.store(values, builder.bitcast(pointer, values.type.as_pointer()), align=align)
+
+
+def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(order)), order))
+
+
+def _ints(value: int) -> Any:
+    return ir.Constant(_INTS, [value] * _EIGHT)
+
+
+def _splat(builder: Any, scalar: Any, count: int) -> Any:
+    vector = ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined)
+    vector = builder.insert_element(vector, scalar, ir.Constant(_I32, 0))
+    return _shuffle(builder, vector, vector, [0] * count)
+
+
+def _interleave(builder: Any, a: Any, b: Any, size: int) -> tuple[Any, Any]:
+    """Runs of `size` elements of `a` and `b` by turns, within halves of 16 bytes as x86 does it."""
+    count = a.type.count
+    lane = count // 2 if a.type.element == _FLOAT else count
+    parts = []
+    for upper in (0, lane // 2):
+        order: list[int] = []
+        for start in range(0, count, lane):
+            for run in range(0, lane // 2, size):
+                at = start + upper + run
+                order += [*range(at, at + size), *range(count + at, count + at + size)]
+        parts.append(_shuffle(builder, a, b, order))
+    return parts[0], parts[1]
+
+
+def _transposed_floats(builder: Any, rows: list[Any]) -> list[Any]:
+    """The columns of eight vectors of eight f32."""
+    pairs = [_interleave(builder, rows[i], rows[i + 1], 1) for i in range(0, 8, 2)]
+    quads = []
+    for i in (0, 2):
+        for half in (0, 1):
+            quads.append(_interleave(builder, pairs[i][half], pairs[i + 1][half], 2))
+    # quads[0], [1]: columns 0, 1 | 4, 5 and 2, 3 | 6, 7 of rows 0..3; quads[2], [3]: of rows 4..7.
+    columns: list[Any] = [None] * 8
+    for half in (0, 1):
+        for which in (0, 1):
+            top, bottom = quads[half][which], quads[2 + half][which]
+            c = 2 * half + which
+            columns[c] = _shuffle(builder, top, bottom, [0, 1, 2, 3, 8, 9, 10, 11])
+            columns[c + 4] = _shuffle(builder, top, bottom, [4, 5, 6, 7, 12, 13, 14, 15])
+    return columns
+
+
+def _multiply(tokens: int, panels: int) -> Any:
+    """A tile: `tokens` rows of activations by `panels` panels of LANES rows of weights."""
+
+    def define(_context: Any, panel: Any, x: Any, x_at: Any, sums: Any, to: Any, count: Any) -> Any:
+        size = types.intp
+        result = types.void(panel, x, size, sums, size, size)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            panel, x, x_at, sums, to, count = arguments
+            zero = x_at.type(0)
+            base = _pointer(context, builder, signature.args[0], panel, zero)
+            row = _pointer(context, builder, signature.args[1], x, x_at)
+            total = _pointer(context, builder, signature.args[3], sums, to)
+            vectors = [p * DEPTH * LANES + h * _EIGHT for p in range(panels) for h in range(2)]
+            places = [
+                builder.gep(total, [zero.type(t * WIDTH + p * LANES + h * _EIGHT)])
+                for t in range(tokens)
+                for p in range(panels)
+                for h in range(2)
+            ]
+
+            def one(k: Any, before: list[Any]) -> list[Any]:
+                at = builder.gep(base, [builder.shl(k, k.type(4))])
+                columns = [_load(builder, builder.gep(at, [k.type(v)]), _FLOATS, 4) for v in vectors]
+                value = builder.gep(row, [k])
+                after = []
+                for t in range(tokens):
+                    single = builder.load(builder.gep(value, [k.type(t * DEPTH)]), align=4)
+                    factor = _splat(builder, single, _EIGHT)
+                    for c, column in enumerate(columns):
+                        term = builder.fmul(factor, column)
+                        after.append(builder.fadd(before[t * len(columns) + c], term))
+                return after
+
+            start = [_load(builder, place, _FLOATS, 4) for place in places]
+            for place, value in zip(places, _loop(builder, count, start, one), strict=True):
+                _store(builder, value, place, 4)
+            return context.get_dummy_value()
+
+        return result, generate
+
+    return intrinsic(define)
+
+
+# ``sums[t, r] += x[x_at + t * DEPTH + k] * panel[r // LANES, k, r % LANES]`` for k = 0 .. count - 1, in this
+# order, each product and each sum rounded to f32; `panel` is f32[.., DEPTH, LANES], `sums` f32[.., WIDTH]
+# from its element `to`, `count` is even and at least 2. Named after the number of tokens and of panels.
+multiply_1x2 = _multiply(1, 2)
+multiply_2x2 = _multiply(2, 2)
+multiply_3x1 = _multiply(3, 1)
+multiply_4x1 = _multiply(4, 1)
+multiply_5x1 = _multiply(5, 1)
+multiply_6x1 = _multiply(6, 1)
+
+
+def _transposed_bytes(builder: Any, rows: list[Any]) -> list[Any]:
+    """The sixteen columns, eight bytes each, of eight vectors of sixteen bytes."""
+    pairs = [_interleave(builder, rows[i], rows[i + 1], 1) for i in range(0, 8, 2)]
+    columns = []
+    for half in (0, 1):
+        top = _interleave(builder, pairs[0][half], pairs[1][half], 2)
+        bottom = _interleave(builder, pairs[2][half], pairs[3][half], 2)
+        for quarter in (0, 1):
+            for two in _interleave(builder, top[quarter], bottom[quarter], 4):
+                columns += [_shuffle(builder, two, two, list(range(h, h + 8))) for h in (0, 8)]
+    return columns
+
+
+def _spread_quants(offset: str) -> Any:
+    def define(
+        _context: Any,
+        quants: Any,
+        at: Any,
+        step: Any,
+        scales: Any,
+        shifts: Any,
+        scale_at: Any,
+        panel: Any,
+        to: Any,
+    ) -> Any:
+        size = types.intp
+        result = types.void(quants, size, size, scales, shifts, size, panel, size)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            quants, at, step, scales, shifts, scale_at, panel, to = arguments
+            kinds = signature.args
+            base = _pointer(context, builder, kinds[0], quants, at)
+            sixteen = ir.VectorType(_I8, 16)
+            places = [builder.gep(base, [builder.mul(step, step.type(r))]) for r in range(_EIGHT)]
+            columns = _transposed_bytes(builder, [_load(builder, place, sixteen, 1) for place in places])
+            scale = _load(builder, _pointer(context, builder, kinds[3], scales, scale_at), _FLOATS, 4)
+            shift = _load(builder, _pointer(context, builder, kinds[4], shifts, scale_at), _FLOATS, 4)
+            target = _pointer(context, builder, kinds[6], panel, to)
+            for c, column in enumerate(columns):
+                values = builder.fmul(scale, builder.sitofp(column, _FLOATS))
+                if offset == "subtract":
+                    values = builder.fsub(values, shift)
+                if offset == "add":
+                    values = builder.fadd(values, shift)
+                _store(builder, values, builder.gep(target, [to.type(c * LANES)]), 4)
+            return context.get_dummy_value()
+
+        return result, generate
+
+    return intrinsic(define)
+
+
+# ``panel[to + c * LANES + r] = scales[scale_at + r] * quants[at + r * step + c]``, then minus or plus
+# ``shifts[scale_at + r]``, for eight rows r and sixteen columns c.
+spread_quants = _spread_quants("none")
+spread_quants_subtract = _spread_quants("subtract")
+spread_quants_add = _spread_quants("add")
+
+
+def _spread_scales(each: bool) -> Any:
+    def define(
+        _context: Any, scales: Any, at: Any, step: Any, d: Any, d_at: Any, d_step: Any, out: Any, to: Any
+    ) -> Any:
+        size = types.intp
+        result = types.void(scales, size, size, d, size, size, out, size)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            scales, at, step, d, d_at, d_step, out, to = arguments
+            kinds = signature.args
+            source = _pointer(context, builder, kinds[0], scales, at)
+            factors = _pointer(context, builder, kinds[3], d, d_at)
+            rows = []
+            for r in range(_EIGHT):
+                place = builder.gep(source, [builder.mul(step, step.type(r))])
+                integers = builder.sitofp(_load(builder, place, ir.VectorType(_I8, _EIGHT), 1), _FLOATS)
+                factor = builder.gep(factors, [builder.mul(d_step, step.type(r))])
+                if each:
+                    rows.append(builder.fmul(_load(builder, factor, _FLOATS, 4), integers))
+                else:
+                    rows.append(builder.fmul(_splat(builder, builder.load(factor), _EIGHT), integers))
+            target = _pointer(context, builder, kinds[6], out, to)
+            for s, column in enumerate(_transposed_floats(builder, rows)):
+                _store(builder, column, builder.gep(target, [to.type(s * WIDTH)]), 4)
+            return context.get_dummy_value()
+
+        return result, generate
+
+    return intrinsic(define)
+
+
+# ``out[to + s * WIDTH + r] = d[d_at + r * d_step] * scales[at + r * step + s]`` for eight rows r and eight
+# sub-blocks s of one block; `spread_scales_each` where each is a block: ``d[d_at + r * d_step + s]``.
+spread_scales = _spread_scales(each=False)
+spread_scales_each = _spread_scales(each=True)
+
+
+def _spread_floats(kind: str) -> Any:
+    def define(_context: Any, raw: Any, at: Any, step: Any, panel: Any, to: Any) -> Any:
+        size = types.intp
+        result = types.void(raw, size, size, panel, size)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            raw, at, step, panel, to = arguments
+            source = _pointer(context, builder, signature.args[0], raw, at)
+            rows = []
+            for r in range(_EIGHT):
+                place = builder.gep(source, [builder.mul(step, step.type(r))])
+                if kind == "F32":
+                    rows.append(_load(builder, place, _FLOATS, 1))
+                    continue
+                halves = _load(builder, place, ir.VectorType(ir.IntType(16), _EIGHT), 1)
+                rows.append(_BITS_TO_FLOATS[kind](builder, builder.zext(halves, _INTS)))
+            target = _pointer(context, builder, signature.args[3], panel, to)
+            for c, column in enumerate(_transposed_floats(builder, rows)):
+                _store(builder, column, builder.gep(target, [to.type(c * LANES)]), 4)
+            return context.get_dummy_value()
+
+        return result, generate
+
+    return intrinsic(define)
+
+
+def _bfloat(builder: Any, bits: Any) -> Any:
+    """bf16 in the low halves of eight i32, as f32."""
+    return builder.bitcast(builder.shl(bits, _ints(16)), _FLOATS)
+
+
+def _half(builder: Any, bits: Any) -> Any:
+    """f16 in the low halves of eight i32, as f32, payloads of NaNs included.
+
+    No use of LLVM's `half`, which needs a library where the host has no F16C; and no subnormal f32 on the
+    way, which some hosts are slow with: a subnormal is 2^-14 + m * 2^-24, less 2^-14, exactly.
+    """
+    magnitude = builder.shl(builder.and_(bits, _ints(0x7FFF)), _ints(13))
+    normal = builder.add(magnitude, _ints(112 << 23))
+    lowest = builder.bitcast(_ints(113 << 23), _FLOATS)
+    subnormal = builder.fsub(builder.bitcast(builder.add(magnitude, _ints(113 << 23)), _FLOATS), lowest)
+    special = builder.add(magnitude, _ints(224 << 23))
+    small = builder.icmp_unsigned("<", magnitude, _ints(0x400 << 13))
+    large = builder.icmp_unsigned(">=", magnitude, _ints(0x7C00 << 13))
+    value = builder.select(large, special, normal)
+    value = builder.select(small, builder.bitcast(subnormal, _INTS), value)
+    sign = builder.shl(builder.and_(bits, _ints(0x8000)), _ints(16))
+    return builder.bitcast(builder.or_(value, sign), _FLOATS)
+
+
+_BITS_TO_FLOATS = {"BF16": _bfloat, "F16": _half}
+
+# ``panel[to + c * LANES + r]`` = the number at byte ``at + r * step + c * size`` of `raw`, for eight rows r
+# and eight columns c.
+spread_f32 = _spread_floats("F32")
+spread_bf16 = _spread_floats("BF16")
+spread_f16 = _spread_floats("F16")
+
+
+def _loop(builder: Any, count: Any, initial: list[Any], step: Any, unroll: int = 2) -> list[Any]:
+    """``for k in range(count): values = step(k, values)`` with the values in registers.
+
+    `count` is a positive multiple of `unroll`.
+    """
+    before = builder.block
+    body, done = builder.append_basic_block("body"), builder.append_basic_block("done")
+    builder.branch(body)
+    builder.position_at_end(body)
+    k = builder.phi(count.type)
+    phis = [builder.phi(value.type) for value in initial]
+    values: list[Any] = list(phis)
+    for i in range(unroll):
+        values = step(builder.add(k, count.type(i)) if i else k, values)
+    following = builder.add(k, count.type(unroll))
+    for phi, first, later in zip([k, *phis], [count.type(0), *initial], [following, *values], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(later, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), body, done)
+    builder.position_at_end(done)
+    return values
