@@ -43,6 +43,19 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
+    "llama-yarn": {
+        "model_type": "llama",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "attention_factor": 1.5,
+            "beta_fast": 6.0,
+        },
+    },
     "mistral-window": {
         "model_type": "mistral",
         "num_attention_heads": 4,
@@ -55,6 +68,19 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "hidden_size": 112,
+    },
+    "qwen2-yarn": {
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "hidden_size": 224,
+        "max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
     },
     "qwen2-window": {
         "model_type": "qwen2",

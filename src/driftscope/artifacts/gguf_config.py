@@ -20,6 +20,7 @@ from driftscope.artifacts.config import (
 from driftscope.artifacts.gguf import GgufTensor
 from driftscope.artifacts.model import ModelConfig
 from driftscope.artifacts.names import GGUF_ARCHITECTURES
+from driftscope.artifacts.yarn import attention_factor
 from driftscope.errors import InputError
 
 _DEFAULT_THETA = 10000.0
@@ -196,4 +197,10 @@ def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
         ):
             if keys.get(stored) is not None:
                 scaling[key] = keys.number(stored)
+        if keys.get("rope.scaling.yarn_log_multiplier"):
+            scaling |= {"mscale": 1.0, "mscale_all_dim": keys.number("rope.scaling.yarn_log_multiplier")}
+        # llama.cpp multiplies its own factor by this one; what a file says outright comes first.
+        extra = keys.number("rope.scaling.attn_factor", default=1.0)
+        if extra != 1.0 and "attention_factor" not in scaling:
+            scaling["attention_factor"] = attention_factor(scaling) * extra
     return checked_rope_scaling(scaling, where)

@@ -76,6 +76,9 @@ def layer_ops(config: ModelConfig) -> tuple[Op, ...]:
     head_norm = "after the head norm and " if config.qk_norm else "after "
     biased = "after the bias" if config.attention_bias else "the model has no bias: equal to qkv_matmul"
     window = f" and a window of {config.sliding_window}" if config.sliding_window else ""
+    stretched = (
+        ", times YaRN's attention factor" if (config.rope_scaling or {}).get("rope_type") == "yarn" else ""
+    )
     qk_sites = ("norms",) if config.qk_norm else ()
     return (
         Op("attn_norm", ("layer_input",), ("norms",), hidden, "RMSNorm times its weight"),
@@ -83,8 +86,14 @@ def layer_ops(config: ModelConfig) -> tuple[Op, ...]:
             "qkv_matmul", ("attn_norm",), ("q", "k", "v"), q + 2 * kv, "q, k, v side by side, before the bias"
         ),
         Op("qkv_bias", ("qkv_matmul",), ("q", "k", "v"), q + 2 * kv, f"q, k, v side by side, {biased}"),
-        Op("q_post_rope", ("qkv_bias",), qk_sites, q, f"{head_norm}RoPE, split-half pairs, not scaled"),
-        Op("k_post_rope", ("qkv_bias",), qk_sites, kv, f"{head_norm}RoPE, split-half pairs"),
+        Op(
+            "q_post_rope",
+            ("qkv_bias",),
+            qk_sites,
+            q,
+            f"{head_norm}RoPE, split-half pairs, not scaled{stretched}",
+        ),
+        Op("k_post_rope", ("qkv_bias",), qk_sites, kv, f"{head_norm}RoPE, split-half pairs{stretched}"),
         Op(
             "attn_scores",
             ("q_post_rope", "k_post_rope"),

@@ -13,7 +13,7 @@ from driftscope.errors import InputError
 from driftscope.forward.architecture import Op, site_shape, site_tensor
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.policy import MATMUL_SITES, WHOLE_MODEL, Policy
-from driftscope.forward.rotary import rope_frequencies
+from driftscope.forward.rotary import longest_sequence, rope_frequencies, rope_scale
 from driftscope.forward.taps import TapConsumer
 from driftscope.forward.weights import Weights
 from driftscope.kernels import forward as kernels
@@ -81,11 +81,11 @@ class ForwardPass:
         Raises:
             InputError: a sequence is longer than the context, or an id is outside of the vocabulary.
         """
-        if batch.longest > self.config.context_length:
+        if batch.longest > longest_sequence(self.config):
             path = self._weights[self.policy.base.artifact].artifact.path
             raise InputError(
                 f"{path}: a prompt of {batch.longest} tokens is longer than the model's context of "
-                f"{self.config.context_length} tokens"
+                f"{longest_sequence(self.config)} tokens"
             )
         largest = int(batch.ids.max())
         if largest >= self.config.vocab_size or int(batch.ids.min()) < 0:
@@ -111,7 +111,8 @@ class ForwardPass:
         Returns:
             ``float32[n_tokens, hidden_size]``, the output of the last of them.
         """
-        cosine, sine = kernels.rope_tables(self._frequencies, batch.longest)
+        scale = rope_scale(self.config)
+        cosine, sine = kernels.rope_tables(self._frequencies, batch.longest, scale=scale)
         for layer in layers:
             hidden = self._attention_block(hidden, layer, batch, cosine, sine, tap)
             hidden = self._mlp_block(hidden, layer, tap)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from decimal import Context, Decimal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.artifacts.model import ModelConfig
+from driftscope.artifacts.yarn import attention_factor, logarithm
 from driftscope.errors import InputError
+
+# Powers to 40 digits, so that they are the same on every host.
+_EXACT = Context(prec=40)
 
 
 def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -18,7 +23,8 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
     the power, its reciprocal, the scaling.
 
     Args:
-        config: gives theta, head_dim and the scaling (none, ``linear``, ``llama3``, ``stored_factors``).
+        config: gives theta, head_dim and the scaling (none, ``linear``, ``llama3``, ``yarn``,
+            ``stored_factors``).
         factors: ``float32[head_dim / 2]`` divisors from GGUF's ``rope_freqs.weight``, which hold the
             ``llama3`` scaling already computed and then stand in for the one in `config`; or None.
 
@@ -30,7 +36,9 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
     """
     half = config.head_dim // 2
     exponents = (np.arange(half, dtype=np.float32) * np.float32(2)) / np.float32(config.head_dim)
-    powers = np.power(float(config.rope_theta), exponents.astype(np.float64)).astype(np.float32)
+    theta = Decimal(float(config.rope_theta))
+    exact = [_EXACT.power(theta, Decimal(float(exponent))) for exponent in exponents]
+    powers = np.array(exact, np.float64).astype(np.float32)
     frequencies = np.float32(1) / powers
     if factors is not None:
         if factors.shape != (half,):
@@ -52,11 +60,27 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
             float(scaling["high_freq_factor"]),
             float(scaling["original_max_position_embeddings"]),
         )
+    if kind == "yarn":
+        return _yarn(powers, config)
     if kind == "stored_factors":
         raise InputError(
             "tensor rope_freqs.weight is missing, which the RoPE scaling of the model is stored in"
         )
-    raise InputError(f"RoPE scaling {kind!r} has no forward pass; expected default, linear or llama3")
+    raise InputError(f"RoPE scaling {kind!r} has no forward pass; expected default, linear, llama3 or yarn")
+
+
+def rope_scale(config: ModelConfig) -> float:
+    """Factor of every cosine and sine: YaRN's attention factor, 1 without YaRN."""
+    scaling = config.rope_scaling or {}
+    return attention_factor(scaling) if scaling.get("rope_type") == "yarn" else 1.0
+
+
+def longest_sequence(config: ModelConfig) -> int:
+    """Positions that the model is made for; YaRN stretches those that it was trained on."""
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") != "yarn":
+        return config.context_length
+    return max(config.context_length, int(float(scaling["factor"]) * _trained_length(config)))
 
 
 def _llama3(
@@ -69,3 +93,41 @@ def _llama3(
     between = (1.0 - smooth) * wide / factor + smooth * wide
     scaled = np.where(wavelengths > original_length / low, wide / factor, between)
     return np.where(wavelengths < original_length / high, wide, scaled).astype(np.float32)
+
+
+def _yarn(powers: NDArray[np.float32], config: ModelConfig) -> NDArray[np.float32]:
+    """YaRN (Peng et al. 2023): keep what turns often in the trained context, divide what turns seldom.
+
+    `powers` are the reciprocals of the frequencies. Between the pairs that turn ``beta_fast`` and
+    ``beta_slow`` times, the two are mixed along a line; these pairs are whole numbers unless ``truncate`` is
+    false. In float32 as in transformers.
+    """
+    scaling = config.rope_scaling or {}
+    if scaling.get("extrapolation_factor", 1) != 1:
+        raise InputError(
+            f"extrapolation_factor of the RoPE scaling is {scaling['extrapolation_factor']}; expected 1"
+        )
+    one = np.float32(1)
+    kept, divided = one / powers, one / (np.float32(scaling["factor"]) * powers)
+
+    def pair(turns: float) -> float:
+        log = logarithm(_trained_length(config) / (turns * 2 * math.pi))
+        return config.head_dim * log / (2 * logarithm(float(config.rope_theta)))
+
+    try:
+        low, high = pair(float(scaling.get("beta_fast") or 32)), pair(float(scaling.get("beta_slow") or 1))
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+    except (ArithmeticError, ValueError) as error:
+        raise InputError("RoPE scaling 'yarn': theta, beta_fast and beta_slow give no range") from error
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    if low == high:
+        high += 0.001
+    pairs = np.arange(len(powers), dtype=np.float32)
+    share = one - np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    return divided * (one - share) + kept * share
+
+
+def _trained_length(config: ModelConfig) -> int:
+    scaling = config.rope_scaling or {}
+    return int(scaling.get("original_max_position_embeddings") or config.context_length)

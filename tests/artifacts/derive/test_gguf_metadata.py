@@ -33,6 +33,12 @@ SCALINGS: dict[str, dict[str, Any] | None] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "llama3": LLAMA3,
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn with a factor of its own": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.5,
+    },
 }
 
 
@@ -52,7 +58,7 @@ def test_rope_scaling_comes_back(tmp_path: Path, name: str, architecture: str) -
     assert open_artifact(tmp_path / "a.gguf").config.rope_scaling == SCALINGS[name]
 
 
-@pytest.mark.parametrize("name", ["none", "linear", "llama3"])
+@pytest.mark.parametrize("name", SCALINGS)
 def test_llama_cpp_rotates_as_transformers_does(tmp_path: Path, name: str) -> None:
     model = _save(tmp_path / "source", "llama", SCALINGS[name], hidden_size=128, head_dim=32)
     write_candidate(open_artifact(tmp_path / "source"), tmp_path / "a.gguf", scheme="F32")

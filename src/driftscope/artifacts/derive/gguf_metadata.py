@@ -12,6 +12,7 @@ from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import GGUF_ARCHITECTURES
 from driftscope.artifacts.rope_factors import llama3_factors
 from driftscope.artifacts.vocabulary import SPECIAL_KEYS, Vocabulary
+from driftscope.artifacts.yarn import attention_factor, softening
 from driftscope.errors import InputError
 
 
@@ -69,9 +70,15 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: dict[str, Any], where: s
         writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
     except KeyError as error:
         raise InputError(f"{where}: RoPE scaling {kind!r} lacks {error}") from error
+    if not scaling.get("truncate", True):
+        raise InputError(f"{where}: a YaRN scaling with truncate set to false cannot be written as GGUF")
+    found, implied = attention_factor(scaling), softening(float(scaling["factor"]))
+    if found != implied:
+        # The one says what it is; llama.cpp reads the other, a multiple of what the factor implies.
+        writer.add_rope_scaling_yarn_attn_factor(found)
+        writer.add_rope_scaling_attn_factors(found / implied)
     optional = {
         "extrapolation_factor": writer.add_rope_scaling_yarn_ext_factor,
-        "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
         "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
         "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
     }
