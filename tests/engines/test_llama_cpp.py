@@ -205,7 +205,9 @@ def test_whole_passes(candidate: Artifact, batch: TokenBatch, record_property: p
         assert (theirs.argmax(axis=1) == ours[kv_type].argmax(axis=1)).mean() >= 0.9
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-3-scaling", "llama-linear-scaling", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-3-scaling", "llama-linear-scaling", "qwen2", "qwen2-yarn", "qwen3"]
+)
 def test_float32_weights_agree_through_the_whole_pass(name: str, tmp_path: Path) -> None:
     """Nothing is rounded to steps, so nothing grows. (Windows are left out: llama.cpp ignores them here.)"""
     teacher = open_artifact(write_model(tmp_path / "teacher", name))
