@@ -12,6 +12,7 @@ from driftscope.falsifiers.reader import EvidenceReader
 MEASUREMENTS: dict[str, str] = {
     "chain": "driftscope.falsifiers.chain",
     "one_block": "driftscope.falsifiers.one_block",
+    "rope": "driftscope.falsifiers.rope",
     "token_scope": "driftscope.falsifiers.token_scope",
 }
 """Name to module. A module is imported when its measurement is asked for."""
