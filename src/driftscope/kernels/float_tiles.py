@@ -24,41 +24,65 @@ _ROW_BLOCK = 16
 
 
 def pack_tokens(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``f32[parts, n, DEPTH]``: the columns of `x` in parts, the last one padded with zeros."""
+    """``f32[parts, n * DEPTH]``: the columns of `x` in parts, the last one padded with zeros.
+
+    A part holds the tiles of tokens one after the other, each ``f32[DEPTH, tokens of the tile]``.
+    """
     n, k = x.shape
-    parts = -(-k // DEPTH)
-    packed = np.zeros((parts, n, DEPTH), np.float32)
-    whole = k // DEPTH
-    packed[:whole] = x[:, : whole * DEPTH].reshape(n, whole, DEPTH).transpose(1, 0, 2)
-    if whole < parts:
-        packed[whole, :, : k - whole * DEPTH] = x[:, whole * DEPTH :]
+    packed = np.zeros((-(-k // DEPTH), n * DEPTH), np.float32)
+    _pack(np.ascontiguousarray(x, np.float32), packed)
     return packed
 
 
 @device
+def _tiles(n: int) -> int:
+    """Tiles of at most six tokens: twelve sums of eight lanes leave room in the registers of AVX2."""
+    return (n + 5) // 6
+
+
+@device
+def _first(n: int, tile: int) -> int:
+    """First token of a tile; tiles are as even as they come."""
+    return n * tile // _tiles(n)
+
+
+@kernel("void(R(f4, 2), f4[:,::1])")
+def _pack(x: Any, packed: Any) -> None:
+    n, k = x.shape
+    for tile in range(_tiles(n)):
+        first = _first(n, tile)
+        tokens = _first(n, tile + 1) - first
+        for part in range(packed.shape[0]):
+            start = part * DEPTH
+            block = packed[part, first * DEPTH : (first + tokens) * DEPTH]
+            for t in range(tokens):
+                row = x[first + t, start : min(k, start + DEPTH)]
+                for i in range(row.size):
+                    block[i * tokens + t] = row[i]
+
+
+@device
 def _multiply(panel: Any, x: Any, part: int, n: int, sums: Any, count: int) -> None:
-    """Every token over the panels; tiles of at most six tokens, as even as they come."""
-    start = part * n * DEPTH
+    """Every token over the panels."""
     if n == 1:
-        vectors.multiply_1x2(panel, x, start, sums, 0, count)
+        vectors.multiply_1x2(panel, x[part], 0, sums, 0, count)
         return
     if n == 2:
-        vectors.multiply_2x2(panel, x, start, sums, 0, count)
+        vectors.multiply_2x2(panel, x[part], 0, sums, 0, count)
         return
-    tiles = (n + 5) // 6
     for p in range(PANELS):
-        for tile in range(tiles):
-            first = n * tile // tiles
-            tokens = n * (tile + 1) // tiles - first
-            at, to = start + first * DEPTH, first * WIDTH + p * LANES
+        for tile in range(_tiles(n)):
+            first = _first(n, tile)
+            tokens = _first(n, tile + 1) - first
+            at, to = first * DEPTH, first * WIDTH + p * LANES
             if tokens == 6:
-                vectors.multiply_6x1(panel[p], x, at, sums, to, count)
+                vectors.multiply_6x1(panel[p], x[part], at, sums, to, count)
             elif tokens == 5:
-                vectors.multiply_5x1(panel[p], x, at, sums, to, count)
+                vectors.multiply_5x1(panel[p], x[part], at, sums, to, count)
             elif tokens == 4:
-                vectors.multiply_4x1(panel[p], x, at, sums, to, count)
+                vectors.multiply_4x1(panel[p], x[part], at, sums, to, count)
             else:
-                vectors.multiply_3x1(panel[p], x, at, sums, to, count)
+                vectors.multiply_3x1(panel[p], x[part], at, sums, to, count)
 
 
 @device
@@ -95,11 +119,12 @@ def _scales_of(scales: Any, d: Any, row: int, first: int, count: int, per_block:
 
 
 @kernel(
-    "void(f4[:,:,::1], int8[:,::1], int8[:,::1], int8[:,::1], f4[:,::1], f4[:,::1],"
+    "void(f4[:,::1], int64, int8[:,::1], int8[:,::1], int8[:,::1], f4[:,::1], f4[:,::1],"
     " int64, int64, int64, int64, f4[:,::1], int64)"
 )
 def multiply_unpacked(
     x: Any,
+    n: int,
     quants: Any,
     scales: Any,
     mins: Any,
@@ -114,10 +139,9 @@ def multiply_unpacked(
 ) -> None:
     """Columns ``to .. to + n_rows`` of `out` from unpacked rows (`driftscope.kernels.unpack`).
 
-    `x` is `pack_tokens` of the activations. The arrays of rows have room for a multiple of WIDTH rows;
+    `x` is `pack_tokens` of `n` rows of activations. The arrays of rows have room for a multiple of WIDTH rows;
     `offset` is 0, 1 or 2: nothing, minus, plus the minimum.
     """
-    n = x.shape[1]
     k = quants.shape[1]
     per_block = block // sub_block
     sums = np.empty((n, WIDTH), np.float32)
@@ -163,13 +187,12 @@ def _spread_floats(raw: Any, at: int, step: int, kind: int, size: int, count: in
                 vectors.spread_f16(raw, source, step, panel, to)
 
 
-@kernel("void(f4[:,:,::1], R(uint8, 2), int64, int64, int64, f4[:,::1])")
-def multiply_floats(x: Any, raw: Any, kind: int, first: int, end: int, out: Any) -> None:
+@kernel("void(f4[:,::1], int64, R(uint8, 2), int64, int64, int64, f4[:,::1])")
+def multiply_floats(x: Any, n: int, raw: Any, kind: int, first: int, end: int, out: Any) -> None:
     """Columns ``first .. end`` of `out` from these rows of stored f32, bf16 or f16 (`kind` 0, 1, 2).
 
-    `x` is `pack_tokens` of the activations, `raw` is uint8[rows, columns * 4 or 2].
+    `x` is `pack_tokens` of `n` rows of activations, `raw` is uint8[rows, columns * 4 or 2].
     """
-    n = x.shape[1]
     step = raw.shape[1]
     size = 2 if kind else 4
     k = step // size

@@ -112,10 +112,10 @@ def _multiply(tokens: int, panels: int) -> Any:
             def one(k: Any, before: list[Any]) -> list[Any]:
                 at = builder.gep(base, [builder.shl(k, k.type(4))])
                 columns = [_load(builder, builder.gep(at, [k.type(v)]), _FLOATS, 4) for v in vectors]
-                value = builder.gep(row, [k])
+                value = builder.gep(row, [builder.mul(k, k.type(tokens))])
                 after = []
                 for t in range(tokens):
-                    single = builder.load(builder.gep(value, [k.type(t * DEPTH)]), align=4)
+                    single = builder.load(builder.gep(value, [k.type(t)]), align=4)
                     factor = _splat(builder, single, _EIGHT)
                     for c, column in enumerate(columns):
                         term = builder.fmul(factor, column)
@@ -132,7 +132,7 @@ def _multiply(tokens: int, panels: int) -> Any:
     return intrinsic(define)
 
 
-# ``sums[t, r] += x[x_at + t * DEPTH + k] * panel[r // LANES, k, r % LANES]`` for k = 0 .. count - 1, in this
+# ``sums[t, r] += x[x_at + k * tokens + t] * panel[r // LANES, k, r % LANES]`` for k = 0 .. count - 1, in this
 # order, each product and each sum rounded to f32; `panel` is f32[.., DEPTH, LANES], `sums` f32[.., WIDTH]
 # from its element `to`, `count` is even and at least 2. Named after the number of tokens and of panels.
 multiply_1x2 = _multiply(1, 2)

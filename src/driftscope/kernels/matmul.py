@@ -80,7 +80,7 @@ def _floats(x: NDArray[np.float32], raw: NDArray[np.uint8], dtype: str, threads:
     packed, kind = pack_tokens(x), FLOAT_KINDS[dtype]
 
     def work(first: int, end: int) -> None:
-        multiply_floats(packed, raw, kind, first, end, out)
+        multiply_floats(packed, x.shape[0], raw, kind, first, end, out)
 
     over_rows(work, raw.shape[0], threads=threads, grain=WIDTH)
     return out
@@ -104,7 +104,7 @@ def _blocks(
             stop = min(end, start + slab)
             rows.fill(raw, start, stop)
             multiply_unpacked(
-                *(packed, rows.quants, rows.scales, rows.mins, rows.d, rows.dmin),
+                *(packed, x.shape[0], rows.quants, rows.scales, rows.mins, rows.d, rows.dmin),
                 *(layout.sub_block, layout.block_size, OFFSETS[layout.offset], stop - start, out, start),
             )
 
