@@ -77,6 +77,14 @@ def test_what_needs_the_weights_is_not_reproducible_here() -> None:
     assert judge_published([figure], {}, {"model-7b"})[0]["verdict"] == "reproduced"
 
 
+def test_a_figure_of_other_weights_that_this_model_lacks_is_not_run() -> None:
+    figure = _figure("1.0", measured={"falsifier": "f", "metric": "layers.3"})
+    needing = figure.model_copy(update={"needs": "model-7b"})
+    document = judge_published([needing], {"f": {"layers": {}}}, {"model-7b"})[0]
+    assert document["verdict"] == "not-run"
+    assert "has no such figure" in document["found"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

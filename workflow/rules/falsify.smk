@@ -93,6 +93,8 @@ rule published:
             f"{RESULTS}/falsifiers/{{falsifier}}.measurement.json",
             falsifier=CASE.falsifiers,
         ),
+        TEACHER,
+        CANDIDATE,
     output:
         update(f"{RESULTS}/published.json"),
     log:

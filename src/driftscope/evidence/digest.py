@@ -34,7 +34,7 @@ STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
         *("artifacts", "kernels", "forward", "engines", "analysis", "evidence", "falsifiers"),
         "stages/falsify.py",
     ),
-    "judge": ("contracts", "report", "evidence", "stages/falsify.py"),
+    "judge": ("contracts", "report", "evidence", "stages/at_hand.py", "stages/falsify.py"),
     "report": ("report", "evidence", "stages/report.py"),
 }
 """Packages and modules whose code decides a stage's evidence; imports run one way, so the list is closed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +25,23 @@ class EvidenceReader(Protocol):
         """Return the JSON document `name`."""
 
     def model(self, name: str) -> Artifact:
-        """Open the model of the manifest `name`, for example ``models/teacher.json``."""
+        """Open the model of a role's manifest: ``models/teacher.json`` or ``models/candidate.json``."""
+
+
+ROLES = ("teacher", "candidate")
+
+
+def manifest_of(name: str, pair: Mapping[str, str]) -> str:
+    """Return the manifest of the model that has a role in a pair; any other name as it is.
+
+    Args:
+        name: evidence file, for example ``models/teacher.json``.
+        pair: role to the id of its model, which may be called anything.
+    """
+    for role in ROLES:
+        if name == f"models/{role}.json":
+            return f"models/{pair.get(role, role)}.json"
+    return name
 
 
 class FolderReader:
@@ -33,9 +50,23 @@ class FolderReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def path(self, name: str) -> Path:
+        """Return where an evidence file is; a role's manifest is that of its model in the configured pair.
+
+        Raises:
+            InputError: the resolved configuration is broken.
+        """
+        from driftscope.evidence.store import read_json
+
+        config = self.folder / "config.json"
+        if not name.startswith("models/") or not config.is_file():
+            return self.folder / name
+        pair = read_json(config).get("pair")
+        return self.folder / manifest_of(name, pair if isinstance(pair, Mapping) else {})
+
     def has(self, name: str) -> bool:
         """Say whether the evidence file `name` is there."""
-        return (self.folder / name).is_file()
+        return self.path(name).is_file()
 
     def table(self, name: str, schema: str) -> pl.DataFrame:
         """Return the table `name`, validated against the named schema.
@@ -45,7 +76,7 @@ class FolderReader:
         """
         from driftscope.evidence.store import read_table
 
-        return read_table(self.folder / name, schema)
+        return read_table(self.path(name), schema)
 
     def document(self, name: str) -> dict[str, Any]:
         """Return the JSON document `name`.
@@ -55,7 +86,7 @@ class FolderReader:
         """
         from driftscope.evidence.store import read_json
 
-        return read_json(self.folder / name)
+        return read_json(self.path(name))
 
     def model(self, name: str) -> Artifact:
         """Open the model of the manifest `name`.
@@ -65,4 +96,4 @@ class FolderReader:
         """
         from driftscope.evidence.manifest import open_model
 
-        return open_model(self.folder / name)[0]
+        return open_model(self.path(name))[0]

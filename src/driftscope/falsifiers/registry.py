@@ -11,8 +11,12 @@ from driftscope.falsifiers.reader import EvidenceReader
 
 MEASUREMENTS: dict[str, str] = {
     "chain": "driftscope.falsifiers.chain",
+    "depth": "driftscope.falsifiers.depth",
+    "layer_memory": "driftscope.falsifiers.layer_memory",
+    "layer_series": "driftscope.falsifiers.layer_series",
     "one_block": "driftscope.falsifiers.one_block",
     "rope": "driftscope.falsifiers.rope",
+    "softmax": "driftscope.falsifiers.softmax",
     "token_scope": "driftscope.falsifiers.token_scope",
 }
 """Name to module. A module is imported when its measurement is asked for."""

@@ -10,13 +10,15 @@ from driftscope.contracts import commands
 from driftscope.evidence.digest import sha256_file
 from driftscope.evidence.header import EvidenceHeader
 from driftscope.evidence.store import read_json, read_table, write_json
+from driftscope.falsifiers.reader import FolderReader
 from driftscope.report.weights import weights_section
 
 
 def measure(contract: Path, falsifier: str, results: Path, out: Path) -> None:
     """Measure one falsifier on a results folder's evidence."""
     document = commands.measure(contract, falsifier, results)
-    inputs = {name: sha256_file(results / name) for name in commands.inputs_of(contract, falsifier)}
+    reader = FolderReader(results)
+    inputs = {name: sha256_file(reader.path(name)) for name in commands.inputs_of(contract, falsifier)}
     parameters = {"measurement": document["measurement"]}
     write_json(document, out, EvidenceHeader.of("measure", inputs, parameters))
 
@@ -77,11 +79,14 @@ def _read_by_gates(results: Path) -> list[str]:
 def published(figures: Path, results: Path, out: Path) -> dict[str, int]:
     """Recompute and judge every published figure; return how many came to each verdict."""
     from driftscope.contracts.published import falsifiers_read, judge_published, load_published
+    from driftscope.stages.at_hand import at_hand, manifests_of
 
     listed = load_published([figures])
     files = {name: results / "falsifiers" / f"{name}.measurement.json" for name in falsifiers_read(listed)}
     present = {name: file for name, file in files.items() if file.is_file()}
-    judged = judge_published(listed, {name: read_json(file) for name, file in present.items()})
-    inputs = {f"falsifiers/{file.name}": sha256_file(file) for file in present.values()}
+    measurements = {name: read_json(file) for name, file in present.items()}
+    judged = judge_published(listed, measurements, at_hand(results))
+    read = [*present.values(), *manifests_of(results)]
+    inputs = {file.relative_to(results).as_posix(): sha256_file(file) for file in read}
     write_json({"published": judged}, out, EvidenceHeader.of("judge", inputs, {}))
     return dict(Counter(item["verdict"] for item in judged))

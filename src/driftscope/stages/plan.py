@@ -16,6 +16,7 @@ from driftscope.contracts.model import Falsifier, gate_sha256, judgement_sha256,
 from driftscope.errors import InputError
 from driftscope.evidence.atomic import write_text
 from driftscope.evidence.digest import sha256_file, sha256_json
+from driftscope.falsifiers.reader import manifest_of
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ class CasePlan:
     def measurement_inputs(self, falsifier: str) -> list[str]:
         """Return the evidence files that a falsifier's measurement reads."""
         item, _ = self._find(falsifier)
-        return [f"{self.results}/{name}" for name in commands.inputs_of(item.file, falsifier)]
+        pair = self.config.pair.model_dump()
+        names = commands.inputs_of(item.file, falsifier)
+        return [f"{self.results}/{manifest_of(name, pair)}" for name in names]
 
     def _find(self, falsifier: str) -> tuple[ContractFile, Falsifier]:
         for item in self.loaded:
