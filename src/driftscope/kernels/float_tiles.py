@@ -139,8 +139,8 @@ def multiply_unpacked(
 ) -> None:
     """Columns ``to .. to + n_rows`` of `out` from unpacked rows (`driftscope.kernels.unpack`).
 
-    `x` is `pack_tokens` of `n` rows of activations. The arrays of rows have room for a multiple of WIDTH rows;
-    `offset` is 0, 1 or 2: nothing, minus, plus the minimum.
+    `x` is `pack_tokens` of `n` rows of activations. The arrays of rows have room for a multiple of
+    WIDTH rows; `offset` is 0, 1 or 2: nothing, minus, plus the minimum.
     """
     k = quants.shape[1]
     per_block = block // sub_block
@@ -187,6 +187,32 @@ def _spread_floats(raw: Any, at: int, step: int, kind: int, size: int, count: in
                 vectors.spread_f16(raw, source, step, panel, to)
 
 
+@device
+def _multiply_one(x: Any, raw: Any, kind: int, first: int, end: int, out: Any) -> int:
+    """One token straight from the stored rows, LANES at a time; the row after the last one that is done.
+
+    Nothing is done where rows are not a multiple of eight columns.
+    """
+    step = raw.shape[1]
+    columns = step // (2 if kind else 4)
+    eights = 0 if columns % _STEP else columns // _STEP
+    sums = np.empty(LANES, np.float32)
+    row = first
+    while row + LANES <= end and eights:
+        at = row * step
+        for lane in range(LANES):
+            sums[lane] = 0.0
+        if kind == 0:
+            vectors.multiply_f32(raw, at, step, x, sums, eights)
+        elif kind == 1:
+            vectors.multiply_bf16(raw, at, step, x, sums, eights)
+        else:
+            vectors.multiply_f16(raw, at, step, x, sums, eights)
+        out[0, row : row + LANES] = sums
+        row += LANES
+    return row
+
+
 @kernel("void(f4[:,::1], int64, R(uint8, 2), int64, int64, int64, f4[:,::1])")
 def multiply_floats(x: Any, n: int, raw: Any, kind: int, first: int, end: int, out: Any) -> None:
     """Columns ``first .. end`` of `out` from these rows of stored f32, bf16 or f16 (`kind` 0, 1, 2).
@@ -200,6 +226,8 @@ def multiply_floats(x: Any, n: int, raw: Any, kind: int, first: int, end: int, o
     panel = np.empty((PANELS, DEPTH, LANES), np.float32)
     # Fewer than WIDTH rows or a number of columns that is not a multiple of eight are filled up with zeros.
     padded = np.zeros((WIDTH, DEPTH * size), np.uint8)
+    if n == 1:
+        first = _multiply_one(x.reshape(-1), raw, kind, first, end, out)
     for row in range(first, end, WIDTH):
         n_rows = min(WIDTH, end - row)
         _clear(sums)

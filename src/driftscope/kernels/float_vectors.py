@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
+from numba.core.registry import cpu_target
 
 from driftscope.kernels.jit import intrinsic
 
@@ -239,6 +240,14 @@ spread_scales = _spread_scales(each=False)
 spread_scales_each = _spread_scales(each=True)
 
 
+def _eight_floats(builder: Any, kind: str, place: Any) -> Any:
+    """Eight stored numbers as f32."""
+    if kind == "F32":
+        return _load(builder, place, _FLOATS, 1)
+    halves = _load(builder, place, ir.VectorType(ir.IntType(16), _EIGHT), 1)
+    return _bfloat(builder, halves) if kind == "BF16" else _half(builder, halves)
+
+
 def _spread_floats(kind: str) -> Any:
     def define(_context: Any, raw: Any, at: Any, step: Any, panel: Any, to: Any) -> Any:
         size = types.intp
@@ -247,16 +256,10 @@ def _spread_floats(kind: str) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             raw, at, step, panel, to = arguments
             source = _pointer(context, builder, signature.args[0], raw, at)
-            rows = []
-            for r in range(_EIGHT):
-                place = builder.gep(source, [builder.mul(step, step.type(r))])
-                if kind == "F32":
-                    rows.append(_load(builder, place, _FLOATS, 1))
-                    continue
-                halves = _load(builder, place, ir.VectorType(ir.IntType(16), _EIGHT), 1)
-                rows.append(_BITS_TO_FLOATS[kind](builder, builder.zext(halves, _INTS)))
+            places = [builder.gep(source, [builder.mul(step, step.type(r))]) for r in range(_EIGHT)]
+            columns = _transposed_floats(builder, [_eight_floats(builder, kind, place) for place in places])
             target = _pointer(context, builder, signature.args[3], panel, to)
-            for c, column in enumerate(_transposed_floats(builder, rows)):
+            for c, column in enumerate(columns):
                 _store(builder, column, builder.gep(target, [to.type(c * LANES)]), 4)
             return context.get_dummy_value()
 
@@ -265,37 +268,84 @@ def _spread_floats(kind: str) -> Any:
     return intrinsic(define)
 
 
-def _bfloat(builder: Any, bits: Any) -> Any:
-    """bf16 in the low halves of eight i32, as f32."""
-    return builder.bitcast(builder.shl(bits, _ints(16)), _FLOATS)
+def _multiply_stored(kind: str) -> Any:
+    item = 4 if kind == "F32" else 2
+
+    def define(_context: Any, raw: Any, at: Any, step: Any, x: Any, sums: Any, eights: Any) -> Any:
+        size = types.intp
+        result = types.void(raw, size, size, x, sums, size)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            raw, at, step, x, sums, eights = arguments
+            kinds, zero = signature.args, at.type(0)
+            source = _pointer(context, builder, kinds[0], raw, at)
+            factors = _pointer(context, builder, kinds[3], x, zero)
+            total = _pointer(context, builder, kinds[4], sums, zero)
+            places = [builder.gep(total, [zero.type(h)]) for h in range(0, LANES, _EIGHT)]
+            rows = [builder.gep(source, [builder.mul(step, step.type(r))]) for r in range(LANES)]
+
+            def one(eight: Any, before: list[Any]) -> list[Any]:
+                k = builder.shl(eight, eight.type(3))
+                value = builder.gep(factors, [k])
+                splats = []
+                for c in range(_EIGHT):
+                    single = builder.load(builder.gep(value, [k.type(c)]), align=4)
+                    splats.append(_splat(builder, single, _EIGHT))
+                at = builder.mul(k, k.type(item))
+                after = []
+                for half, total in enumerate(before):
+                    some = rows[half * _EIGHT : (half + 1) * _EIGHT]
+                    values = [_eight_floats(builder, kind, builder.gep(row, [at])) for row in some]
+                    for column, factor in zip(_transposed_floats(builder, values), splats, strict=True):
+                        total = builder.fadd(total, builder.fmul(factor, column))
+                    after.append(total)
+                return after
+
+            start = [_load(builder, place, _FLOATS, 4) for place in places]
+            for place, total in zip(places, _loop(builder, eights, start, one, unroll=1), strict=True):
+                _store(builder, total, place, 4)
+            return context.get_dummy_value()
+
+        return result, generate
+
+    return intrinsic(define)
 
 
-def _half(builder: Any, bits: Any) -> Any:
-    """f16 in the low halves of eight i32, as f32, payloads of NaNs included.
+def _bfloat(builder: Any, halves: Any) -> Any:
+    """Eight bf16 as f32."""
+    return builder.bitcast(builder.shl(builder.zext(halves, _INTS), _ints(16)), _FLOATS)
 
-    No use of LLVM's `half`, which needs a library where the host has no F16C; and no subnormal f32 on the
-    way, which some hosts are slow with: a subnormal is 2^-14 + m * 2^-24, less 2^-14, exactly.
+
+def _half(builder: Any, halves: Any) -> Any:
+    """Eight f16 as f32; the payload of a NaN is not specified.
+
+    LLVM's own conversion needs a library where the target has no F16C. There the shifted bits are the value
+    times 2^-112, subnormals included.
     """
+    if "+f16c" in cpu_target.target_context.codegen().magic_tuple()[2].split(","):
+        halves = builder.bitcast(halves, ir.VectorType(ir.HalfType(), _EIGHT))
+        return builder.fpext(halves, _FLOATS)
+    bits = builder.zext(halves, _INTS)
     magnitude = builder.shl(builder.and_(bits, _ints(0x7FFF)), _ints(13))
-    normal = builder.add(magnitude, _ints(112 << 23))
-    lowest = builder.bitcast(_ints(113 << 23), _FLOATS)
-    subnormal = builder.fsub(builder.bitcast(builder.add(magnitude, _ints(113 << 23)), _FLOATS), lowest)
-    special = builder.add(magnitude, _ints(224 << 23))
-    small = builder.icmp_unsigned("<", magnitude, _ints(0x400 << 13))
+    scale = ir.Constant(_FLOATS, [2.0**112] * _EIGHT)
+    finite = builder.bitcast(builder.fmul(builder.bitcast(magnitude, _FLOATS), scale), _INTS)
+    special = builder.or_(magnitude, _ints(0xFF << 23))
     large = builder.icmp_unsigned(">=", magnitude, _ints(0x7C00 << 13))
-    value = builder.select(large, special, normal)
-    value = builder.select(small, builder.bitcast(subnormal, _INTS), value)
     sign = builder.shl(builder.and_(bits, _ints(0x8000)), _ints(16))
-    return builder.bitcast(builder.or_(value, sign), _FLOATS)
+    return builder.bitcast(builder.or_(builder.select(large, special, finite), sign), _FLOATS)
 
-
-_BITS_TO_FLOATS = {"BF16": _bfloat, "F16": _half}
 
 # ``panel[to + c * LANES + r]`` = the number at byte ``at + r * step + c * size`` of `raw`, for eight rows r
 # and eight columns c.
 spread_f32 = _spread_floats("F32")
 spread_bf16 = _spread_floats("BF16")
 spread_f16 = _spread_floats("F16")
+
+# ``sums[r] += x[k] * w[r, k]`` for k = 0 .. 8 * eights - 1, in this order, where row r of LANES begins
+# at byte ``at + r * step`` of `raw`.
+multiply_f32 = _multiply_stored("F32")
+multiply_bf16 = _multiply_stored("BF16")
+multiply_f16 = _multiply_stored("F16")
 
 
 def _loop(builder: Any, count: Any, initial: list[Any], step: Any, unroll: int = 2) -> list[Any]:
