@@ -16,7 +16,7 @@ from driftscope.forward.policy import MATMUL_SITES, WHOLE_MODEL, Policy
 from driftscope.forward.rotary import longest_sequence, rope_frequencies, rope_scale
 from driftscope.forward.taps import TapConsumer
 from driftscope.forward.weights import Weights
-from driftscope.kernels import forward as kernels
+from driftscope.kernels.device import kernels_on
 
 F32 = NDArray[np.float32]
 
@@ -40,16 +40,19 @@ class ForwardPass:
 
     The hyperparameters are those of the artifact of the policy's base choice. The pass keeps no state:
     running layers in chunks, in separate processes, gives the same bits as running them at once, and so
-    does any number of threads.
+    does any number of threads. Arrays that come in and go out lie on the host, those of the taps too.
     """
 
-    def __init__(self, artifacts: Mapping[str, Artifact], policy: Policy, *, threads: int = 1) -> None:
+    def __init__(
+        self, artifacts: Mapping[str, Artifact], policy: Policy, *, threads: int = 1, device: str = "cpu"
+    ) -> None:
         """Prepare a pass.
 
         Args:
             artifacts: by the roles that the policy names.
             policy: which weights and which arithmetic each site uses.
             threads: number of threads; the result does not depend on it.
+            device: ``cpu`` or ``cuda`` (`driftscope.kernels.device.choose_device`).
 
         Raises:
             InputError: a role has no artifact, two artifacts are not of one shape, or the rotary scaling
@@ -61,12 +64,14 @@ class ForwardPass:
         self.policy = policy
         self._threads = threads
         self.config: ModelConfig = artifacts[policy.base.artifact].config
-        self._weights = {role: Weights(artifacts[role], threads=threads) for role in policy.artifacts}
+        self._kernels = kernels_on(device, threads)
+        self._weights = {role: Weights(artifacts[role], self._kernels) for role in policy.artifacts}
         for role in policy.artifacts:
             _check_same_shape(artifacts[policy.base.artifact], artifacts[role])
         base = self._weights[policy.base.artifact]
         half = self.config.head_dim // 2
-        factors = base.vector(ROPE_FREQS, half) if ROPE_FREQS in base.artifact.tensors else None
+        stored = ROPE_FREQS in base.artifact.tensors
+        factors = self._kernels.to_host(base.vector(ROPE_FREQS, half)) if stored else None
         self._frequencies = rope_frequencies(self.config, factors)
 
     def run(self, batch: TokenBatch, tap: TapConsumer | None = None) -> F32:
@@ -94,7 +99,7 @@ class ForwardPass:
             )
         weights = self._weights[self.policy.choice(WHOLE_MODEL, "embed").artifact]
         hidden = weights.rows(_EMBEDDING, (self.config.vocab_size, self.config.hidden_size), batch.ids)
-        _emit(tap, WHOLE_MODEL, "embedding", hidden)
+        self._emit(tap, WHOLE_MODEL, "embedding", hidden)
         return hidden
 
     def run_layers(
@@ -112,11 +117,12 @@ class ForwardPass:
             ``float32[n_tokens, hidden_size]``, the output of the last of them.
         """
         scale = rope_scale(self.config)
-        cosine, sine = kernels.rope_tables(self._frequencies, batch.longest, scale=scale)
+        cosine, sine = self._kernels.rope_tables(self._frequencies, batch.longest, scale=scale)
+        hidden = self._kernels.to_device(hidden)
         for layer in layers:
             hidden = self._attention_block(hidden, layer, batch, cosine, sine, tap)
             hidden = self._mlp_block(hidden, layer, tap)
-        return hidden
+        return self._kernels.to_host(hidden)
 
     def head(self, hidden: F32, rows: NDArray[np.int64] | None = None, tap: TapConsumer | None = None) -> F32:
         """Final norm and LM head.
@@ -129,10 +135,11 @@ class ForwardPass:
         Returns:
             ``float32[n_rows, vocabulary]``.
         """
-        x = self._norm(hidden, WHOLE_MODEL, "model.norm.weight")
-        _emit(tap, WHOLE_MODEL, "final_norm", x)
-        logits = self._matmul(x if rows is None else x[rows], WHOLE_MODEL, "lm_head")
-        _emit(tap, WHOLE_MODEL, "lm_head", logits)
+        x = self._norm(self._kernels.to_device(hidden), WHOLE_MODEL, "model.norm.weight")
+        self._emit(tap, WHOLE_MODEL, "final_norm", x)
+        asked = x if rows is None else x[self._kernels.to_device(rows)]
+        logits = self._kernels.to_host(self._matmul(asked, WHOLE_MODEL, "lm_head"))
+        self._emit(tap, WHOLE_MODEL, "lm_head", logits)
         return logits
 
     def activation_format(self, layer: int, op: Op) -> str:
@@ -154,34 +161,34 @@ class ForwardPass:
     ) -> F32:
         config = self.config
         x = self._norm(hidden, layer, f"model.layers.{layer}.input_layernorm.weight")
-        _emit(tap, layer, "attn_norm", x)
+        self._emit(tap, layer, "attn_norm", x)
         q, k, v = (self._matmul(x, layer, site) for site in ("q", "k", "v"))
-        _emit(tap, layer, "qkv_matmul", q, k, v)
+        self._emit(tap, layer, "qkv_matmul", q, k, v)
         if config.attention_bias:
             q, k, v = (
                 y + self._bias(layer, site) for y, site in zip((q, k, v), ("q", "k", "v"), strict=True)
             )
-        _emit(tap, layer, "qkv_bias", q, k, v)
+        self._emit(tap, layer, "qkv_bias", q, k, v)
         if config.qk_norm:
             q = self._norm(q, layer, f"model.layers.{layer}.self_attn.q_norm.weight", config.head_dim)
             k = self._norm(k, layer, f"model.layers.{layer}.self_attn.k_norm.weight", config.head_dim)
-        positions = batch.positions
-        q, k = kernels.rope(q, cosine, sine, positions), kernels.rope(k, cosine, sine, positions)
-        _emit(tap, layer, "q_post_rope", q)
-        _emit(tap, layer, "k_post_rope", k)
+        positions = self._kernels.to_device(batch.positions)
+        q, k = (self._kernels.rope(x, cosine, sine, positions) for x in (q, k))
+        self._emit(tap, layer, "q_post_rope", q)
+        self._emit(tap, layer, "k_post_rope", k)
         self._emit_attention_maps(tap, layer, q, k, batch)
         x = self._attend(layer, q, k, v, batch)
-        _emit(tap, layer, "attention", x)
+        self._emit(tap, layer, "attention", x)
         x = self._matmul(x, layer, "o")
-        _emit(tap, layer, "attn_out", x)
+        self._emit(tap, layer, "attn_out", x)
         hidden = hidden + x
-        _emit(tap, layer, "post_attn_residual", hidden)
+        self._emit(tap, layer, "post_attn_residual", hidden)
         return hidden
 
     def _attend(self, layer: int, q: F32, k: F32, v: F32, batch: TokenBatch) -> F32:
         """Attention of a layer; a pass that keeps keys and values puts its own in this place."""
         config = self.config
-        return kernels.attention(
+        found: F32 = self._kernels.attention(
             q,
             k,
             v,
@@ -191,23 +198,23 @@ class ForwardPass:
             scale=config.head_dim**-0.5,
             window=config.sliding_window,
             kv_type=self.policy.kv_type,
-            threads=self._threads,
         )
+        return found
 
     def _mlp_block(self, hidden: F32, layer: int, tap: TapConsumer | None) -> F32:
         x = self._norm(hidden, layer, f"model.layers.{layer}.post_attention_layernorm.weight")
-        _emit(tap, layer, "ffn_norm", x)
+        self._emit(tap, layer, "ffn_norm", x)
         gate, up = self._matmul(x, layer, "gate"), self._matmul(x, layer, "up")
-        _emit(tap, layer, "ffn_gate", gate)
-        _emit(tap, layer, "ffn_up", up)
-        x = kernels.silu(gate, threads=self._threads)
-        _emit(tap, layer, "ffn_silu", x)
+        self._emit(tap, layer, "ffn_gate", gate)
+        self._emit(tap, layer, "ffn_up", up)
+        x = self._kernels.silu(gate)
+        self._emit(tap, layer, "ffn_silu", x)
         x = x * up
-        _emit(tap, layer, "ffn_swiglu", x)
+        self._emit(tap, layer, "ffn_swiglu", x)
         x = self._matmul(x, layer, "down")
-        _emit(tap, layer, "ffn_out", x)
+        self._emit(tap, layer, "ffn_out", x)
         hidden = hidden + x
-        _emit(tap, layer, "post_ffn_residual", hidden)
+        self._emit(tap, layer, "post_ffn_residual", hidden)
         return hidden
 
     def _emit_attention_maps(
@@ -217,7 +224,7 @@ class ForwardPass:
             return
         config = self.config
         for sequence, tokens in enumerate(batch.slices):
-            scores = kernels.attention_scores(
+            scores = self._kernels.attention_scores(
                 q[tokens],
                 k[tokens],
                 n_heads=config.num_heads,
@@ -225,18 +232,18 @@ class ForwardPass:
                 scale=config.head_dim**-0.5,
                 kv_type=self.policy.kv_type,
             )
-            _emit(tap, layer, "attn_scores", scores, sequence=sequence)
+            self._emit(tap, layer, "attn_scores", scores, sequence=sequence)
             if tap.wants(layer, "attn_softmax"):
-                weights = kernels.attention_softmax(
+                weights = self._kernels.attention_softmax(
                     scores, n_heads=config.num_heads, window=config.sliding_window
                 )
-                _emit(tap, layer, "attn_softmax", weights, sequence=sequence)
+                self._emit(tap, layer, "attn_softmax", weights, sequence=sequence)
 
     def _norm(self, x: F32, layer: int, name: str, channels: int | None = None) -> F32:
         weights = self._weights[self.policy.choice(layer, "norms").artifact]
-        return kernels.rms_norm(
-            x, weights.vector(name, channels or self.config.hidden_size), self.config.rms_norm_eps
-        )
+        weight = weights.vector(name, channels or self.config.hidden_size)
+        found: F32 = self._kernels.rms_norm(x, weight, self.config.rms_norm_eps)
+        return found
 
     def _matmul(self, x: F32, layer: int, site: str) -> F32:
         choice = self.policy.choice(layer, site)
@@ -250,11 +257,13 @@ class ForwardPass:
         name = site_tensor(self.config, layer, site).removesuffix("weight") + "bias"
         return weights.vector(name, site_shape(self.config, site)[0])
 
-
-def _emit(tap: TapConsumer | None, layer: int, name: str, *parts: F32, sequence: int | None = None) -> None:
-    if tap is not None and tap.wants(layer, name):
-        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        tap(layer, name, array, sequence=sequence)
+    def _emit(
+        self, tap: TapConsumer | None, layer: int, name: str, *parts: F32, sequence: int | None = None
+    ) -> None:
+        if tap is not None and tap.wants(layer, name):
+            arrays = [self._kernels.to_host(part) for part in parts]
+            array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
+            tap(layer, name, array, sequence=sequence)
 
 
 def _check_same_shape(a: Artifact, b: Artifact) -> None:

@@ -9,10 +9,9 @@ from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.errors import InputError
 from driftscope.forward.policy import Choice
-from driftscope.kernels.activations import quantize_activation
 from driftscope.kernels.dequantize import dequantize
+from driftscope.kernels.device import Kernels, kernels_on
 from driftscope.kernels.formats import format_of
-from driftscope.kernels.matmul import matmul_f32_quantized, matmul_quantized
 
 F32 = NDArray[np.float32]
 
@@ -20,12 +19,13 @@ F32 = NDArray[np.float32]
 class Weights:
     """The weights of one artifact.
 
-    Nothing is kept: each call maps the tensor, reads it and lets it go.
+    Nothing is kept on the host: each call maps the tensor, reads it and lets it go. What is given is an array
+    of the device that the kernels run on, and so is what is taken.
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int = 1) -> None:
+    def __init__(self, artifact: Artifact, kernels: Kernels | None = None) -> None:
         self.artifact = artifact
-        self._threads = threads
+        self._kernels = kernels or kernels_on("cpu")
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> TensorRef:
         """Look a tensor up.
@@ -45,7 +45,7 @@ class Weights:
     def vector(self, name: str, length: int) -> F32:
         """A norm weight or a bias as ``float32[length]``."""
         ref = self.tensor(name, (length,))
-        return dequantize(np.ascontiguousarray(ref.raw()), ref.dtype).reshape(length)
+        return self._on_device(dequantize(np.ascontiguousarray(ref.raw()), ref.dtype).reshape(length))
 
     def rows(self, name: str, shape: tuple[int, int], rows: NDArray[np.int32]) -> F32:
         """Some rows of a matrix as ``float32[len(rows), columns]``; only they are read and decoded."""
@@ -67,14 +67,15 @@ class Weights:
             ``float32[n, rows]``, rows in canonical order; the same bits whatever the number of threads.
         """
         ref = self.tensor(name, shape)
-        raw, order = ref.raw(), ref.row_order()
-        if order is not None:
-            raw = raw[order]
+        raw = self._kernels.resident((str(self.artifact.path), name), lambda: _canonical_rows(ref))
+        found: F32
         if choice.path == "int8-dot":
-            return matmul_quantized(x, raw, ref.dtype, activation=choice.activation, threads=self._threads)
+            found = self._kernels.matmul_quantized(x, raw, ref.dtype, activation=choice.activation)
+            return found
         if choice.activation not in (None, "none"):
-            x = quantize_activation(x, choice.activation).dequantize()
-        return matmul_f32_quantized(x, raw, ref.dtype, threads=self._threads)
+            x = self._kernels.quantize_activation(x, choice.activation).dequantize()
+        found = self._kernels.matmul_f32_quantized(x, raw, ref.dtype)
+        return found
 
     def activation_format(self, name: str, choice: Choice) -> str:
         """Format that a matmul with this weight rounds its activation to; ``none`` for not at all."""
@@ -84,6 +85,15 @@ class Weights:
         if choice.path == "f32" or ref is None:
             return "none"
         return format_of(ref.dtype).activation
+
+    def _on_device(self, values: F32) -> F32:
+        found: F32 = self._kernels.to_device(values)
+        return found
+
+
+def _canonical_rows(ref: TensorRef) -> NDArray[np.uint8]:
+    raw, order = ref.raw(), ref.row_order()
+    return raw if order is None else raw[order]
 
 
 def _text(shape: tuple[int, ...]) -> str:
