@@ -8,7 +8,7 @@
 - ``q8_K``: blocks of 256, f32 scale from the value that is largest in magnitude, with its sign:
   ``-127 / max``, half to even; the same on every machine.
 - ``apr_q8k``: the published investigation's format: blocks of 256, f32 scale ``max|x| / 127`` (1/127 where
-  ``max|x| <= 1e-10``), quants ``x / scale`` rounded half away from zero.
+  ``max|x| <= 1e-10``), quants ``x * (1 / scale)`` rounded half away from zero.
 
 Non-finite and overflowing values. ggml's formats give what the C code gives on x86: its maximum can lose a
 NaN, and a product that is NaN or infinite becomes quant -128 (``q8_0``, ``q8_1``) or 0 (the others). In
@@ -32,7 +32,6 @@ from driftscope.kernels.rounding import (
     nearest_f16,
     quantize_half_away,
     quantize_half_to_even,
-    quantize_quotients_half_away,
 )
 
 _SIMD, _PORTABLE, _SIGNED, _APR = range(4)
@@ -243,8 +242,9 @@ def _apr_block(x: Any, quants: Any) -> Any:
     scale = np.float32(1.0) / np.float32(127.0)
     if largest > np.float32(1e-10):
         scale = largest / np.float32(127.0)
+    inverse = np.float32(1.0) / scale
     for i in range(256):
-        value = x[i] / scale
+        value = x[i] * inverse
         quants[i] = 0 if value != value else np.int32(min(127.0, max(-128.0, _away(value))))
     return scale
 
@@ -298,16 +298,14 @@ def _quantize_rows(x: Any, block_size: int, rule: int, quants: Any, d: Any, s: A
                 factor = -full / signed if largest != zero else zero
                 scale = one / factor if largest != zero else zero
             else:
-                factor = largest / full if largest > np.float32(1e-10) else one / full
-                scale = factor
+                scale = largest / full if largest > np.float32(1e-10) else one / full
+                factor = one / scale
             if not (np.isfinite(largest) and np.isfinite(factor)):
                 stop = at + block_size
                 d[t, b], s[t, b] = _odd_block(values[at:stop], into[at:stop], rule, lanes)
             else:
-                if rule == _PORTABLE:
+                if rule in (_PORTABLE, _APR):
                     total = quantize_half_away(values, at, block_size, factor, into)
-                elif rule == _APR:
-                    total = quantize_quotients_half_away(values, at, block_size, factor, into)
                 else:
                     total = quantize_half_to_even(values, at, block_size, factor, into)
                 d[t, b] = scale

@@ -88,7 +88,7 @@ def largest_of_each_sign(_context: Any, x: Any, at: Any, count: Any) -> Any:
     return result, generate
 
 
-def _quantize(divide: bool, half_to_even: bool) -> Any:
+def _quantize(half_to_even: bool) -> Any:
     def define(_context: Any, x: Any, at: Any, count: Any, factor: Any, quants: Any) -> Any:
         result = types.int32(x, types.intp, types.intp, types.float32, quants)
 
@@ -100,7 +100,7 @@ def _quantize(divide: bool, half_to_even: bool) -> Any:
 
             def step(k: Any, before: list[Any]) -> list[Any]:
                 values = builder.load(builder.gep(source, [k]), align=4)
-                values = builder.fdiv(values, factor) if divide else builder.fmul(values, factor)
+                values = builder.fmul(values, factor)
                 if half_to_even:
                     shifted = builder.fadd(values, _all(_FLOATS, _INTEGER))
                     whole = builder.sub(builder.bitcast(shifted, _BITS), _all(_BITS, _INTEGER_BITS))
@@ -124,10 +124,8 @@ def _quantize(divide: bool, half_to_even: bool) -> Any:
 
 
 # ``quants[at + i] = round(x[at + i] * factor)`` for `count` values, a multiple of 16; returns their sum.
-quantize_half_to_even = _quantize(divide=False, half_to_even=True)
-quantize_half_away = _quantize(divide=False, half_to_even=False)
-# The same with ``x[at + i] / factor``.
-quantize_quotients_half_away = _quantize(divide=True, half_to_even=False)
+quantize_half_to_even = _quantize(half_to_even=True)
+quantize_half_away = _quantize(half_to_even=False)
 
 
 @device

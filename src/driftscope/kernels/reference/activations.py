@@ -58,6 +58,5 @@ def _apr(blocks: F32) -> tuple[F32, F32]:
     largest = _largest(blocks)
     one = np.float32(1) / np.float32(127)
     scale = np.where(largest > np.float32(1e-10), largest / np.float32(127), one)
-    return np.clip(_away(np.asarray(blocks / scale[..., None], np.float32)), -128, 127).astype(
-        np.float32
-    ), scale.astype(np.float32)
+    ratio = np.asarray(blocks * (np.float32(1) / scale)[..., None], np.float32)
+    return np.asarray(np.clip(_away(ratio), -128, 127), np.float32), scale.astype(np.float32)
