@@ -16,6 +16,7 @@ MEASUREMENTS: dict[str, str] = {
     "layer_series": "driftscope.falsifiers.layer_series",
     "one_block": "driftscope.falsifiers.one_block",
     "rope": "driftscope.falsifiers.rope",
+    "scale": "driftscope.falsifiers.scale",
     "softmax": "driftscope.falsifiers.softmax",
     "token_scope": "driftscope.falsifiers.token_scope",
 }
