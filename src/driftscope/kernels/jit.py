@@ -6,9 +6,11 @@ are ours (`driftscope.kernels.parallel`) because kernels release the GIL.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,8 @@ import numba
 from llvmlite import ir
 from numba import extending
 from numba.core import config as numba_config
+from numba.core.caching import FunctionCache
+from numba.core.runtime import rtsys
 
 # A function in LLVM's intermediate language; untyped, so that kernels can call it like any other.
 intrinsic: Any = extending.intrinsic
@@ -63,25 +67,65 @@ def _compile(function: Callable[..., Any], signature: str) -> Callable[..., Any]
     names["R"] = lambda item, ndim: numba.types.Array(item, ndim, "C", readonly=True)
     types = eval(signature, {"__builtins__": {}}, names)
     folder = _cache_folder(function)
+    compiled: Any = numba.njit(**_OPTIONS)(function)
     config: Any = numba_config
     before = config.CACHE_DIR
     try:
-        config.CACHE_DIR = str(folder) if folder else before
-        compiled: Callable[..., Any] = numba.njit(types, cache=folder is not None, **_OPTIONS)(function)
+        if folder is not None:
+            config.CACHE_DIR = str(folder)
+            compiled._cache = _KernelCache(function)
+        compiled.compile(types)
     finally:
         config.CACHE_DIR = before
-    return compiled
+    compiled.disable_compile()
+    call: Callable[..., Any] = compiled
+    return call
+
+
+class _KernelCache(FunctionCache):
+    """Numba's cache on disk, without preparing for a compilation where there is nothing to compile.
+
+    Numba reads its whole library of typed functions before it looks into the cache, which takes longer
+    than all else in the first call of a kernel.
+    """
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        """The compiled function, or None where it must be compiled."""
+        rtsys.initialize(context)
+        with self._guard_against_spurious_io_errors():
+            found = self._load_overload(signature, context)
+        if found is None:
+            with _without_scipy():
+                context.refresh()
+        return found
+
+
+@contextlib.contextmanager
+def _without_scipy() -> Iterator[None]:
+    """Keep Numba from importing scipy.linalg, slow to import, merely to see whether it is installed.
+
+    A product that needs it looks for it again when it is compiled; no kernel here uses any.
+    """
+    from numba.np import linalg
+
+    modules: Any = linalg
+    look = modules.ensure_blas
+    modules.ensure_blas = lambda: None
+    try:
+        yield
+    finally:
+        modules.ensure_blas = look
 
 
 def _cache_folder(function: Callable[..., Any]) -> Path | None:
     """Folder for the compiled code of `function`, or None where no folder can be written.
 
     Numba notices an edit of the file that defines a kernel, but not of a file whose functions the
-    kernel calls; so the folder is named after the content of all of them.
+    kernel calls; so the folder is named after the content of all that its file imports of this package.
     """
     digest = hashlib.sha256()
-    for file in sorted(_sources(function, set())):
-        digest.update(Path(file).read_bytes())
+    for file in sorted(_sources(Path(function.__code__.co_filename))):
+        digest.update(_read(file))
     base = os.environ.get("NUMBA_CACHE_DIR")
     if base is None:
         base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -94,17 +138,30 @@ def _cache_folder(function: Callable[..., Any]) -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def _sources(function: Callable[..., Any], seen: set[Callable[..., Any]]) -> Iterator[str]:
-    """Files of `function` and of every jitted function that it reaches."""
-    if function in seen:
-        return
-    seen.add(function)
-    yield function.__code__.co_filename
-    for name in function.__code__.co_names:
-        value = function.__globals__.get(name)
-        inner = getattr(value, "py_func", None) or getattr(value, "_defn", None)
-        if inner is not None:
-            yield from _sources(inner, seen)
+_PACKAGE = Path(__file__).parent
+_IMPORTS = re.compile(rb"^\s*from driftscope\.kernels(?:\.(\w+) import|\s+import\s+(\([^)]*\)|[^\n]*))", re.M)
+
+
+def _sources(file: Path) -> set[Path]:
+    """`file` and every module of this package that it imports, directly or not."""
+    found: set[Path] = set()
+    waiting = [file]
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for module, several in _IMPORTS.findall(_read(file)):
+            for name in re.findall(rb"\w+", module or several):
+                imported = _PACKAGE / f"{name.decode()}.py"
+                if imported.exists():
+                    waiting.append(imported)
+    return found
+
+
+@functools.cache
+def _read(file: Path) -> bytes:
+    return file.read_bytes()
 
 
 @intrinsic
