@@ -12,9 +12,11 @@ from driftscope.falsifiers.reader import EvidenceReader
 MEASUREMENTS: dict[str, str] = {
     "chain": "driftscope.falsifiers.chain",
     "depth": "driftscope.falsifiers.depth",
+    "grouped_attention": "driftscope.falsifiers.grouped_attention",
     "layer_memory": "driftscope.falsifiers.layer_memory",
     "layer_series": "driftscope.falsifiers.layer_series",
     "one_block": "driftscope.falsifiers.one_block",
+    "real_weights": "driftscope.falsifiers.real_weights",
     "rope": "driftscope.falsifiers.rope",
     "scale": "driftscope.falsifiers.scale",
     "softmax": "driftscope.falsifiers.softmax",
