@@ -108,3 +108,11 @@ def test_a_bad_parameter_is_named(change: dict[str, Any]) -> None:
 def test_unknown_matrices_are_named() -> None:
     with pytest.raises(InputError, match="expected one of published, gaussian, random"):
         chain.measure(PARAMETERS, {"a": {"matrices": "identity", "activation_format": "q8_K"}}, [1], NOWHERE)
+
+
+def test_the_published_tokens_come_out_to_their_printed_digits() -> None:
+    figures = chain._published(chain.PUBLISHED_DEPTH)
+    printed = ["0.439143", "0.246297", "0.020914", "0.028250", "0.023573", "0.024674", "0.020246"]
+    assert [f"{value:.6f}" for value in figures["tokens_percent"].values()] == printed
+    assert f"{figures['tokens_mean_percent']:.6f}" == "0.114728"
+    assert f"{figures['tokens_std_a']:.6f} {figures['tokens_std_b']:.6f}" == "0.033416 0.032228"

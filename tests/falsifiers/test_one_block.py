@@ -126,3 +126,9 @@ def test_the_positive_control_of_the_second_question_rests_on_exact_scaling(powe
 
     ramp = published.activation()
     assert difference(np.float32(2.0**power) * ramp) == difference(ramp)
+
+
+def test_the_published_dot_hides_what_drawn_ones_show() -> None:
+    figures = one_block._published_dot(1)
+    assert figures["scalar_dot_bits"] == figures["simd_dot_bits"] == "0x44191e70"
+    assert figures["drawn_dots_equal_percent"] == pytest.approx(12.9, abs=1.0)

@@ -192,7 +192,20 @@ def _published(depth: int) -> dict[str, Any]:
         a = published.normalize(published.path_a_matmul(rows, a))
         b = published.normalize(published.path_b_matmul(rows, b))
         errors[step] = relative_error(a[None], b[None])[0]
+    ends = [
+        np.stack([published.chain(product, token) for token in range(published.TOKENS)])
+        for product in (published.path_a_matmul, published.path_b_matmul)
+    ]
+    tokens = [published.vector_difference(a, b) for a, b in zip(*ends, strict=True)]
     return {
+        "tokens_percent": {f"token_{token}": rounded(100.0 * error) for token, error in enumerate(tokens)},
+        "tokens_mean_percent": rounded(float(100.0 * np.mean(tokens))),
+        "tokens_largest_over_smallest": rounded(max(tokens) / min(tokens)),
+        "tokens_mean_over_first": rounded(float(np.mean(tokens) / tokens[0])),
+        **{
+            f"tokens_std_{path}": rounded(end.astype(np.float64).std(axis=0).mean())
+            for path, end in zip("ab", ends, strict=True)
+        },
         "depth": depth,
         "scalar_percent": rounded(100.0 * scalar),
         "vector_percent": [rounded(100.0 * error) for error in errors],

@@ -25,6 +25,7 @@ from driftscope.kernels.reference import published
 _SWAPPED_SHARES = (0.0, 0.001, 0.01, 0.1, 1.0)
 _NOISE_LEVELS = (0.0, 0.01, 0.1, 1.0, 10.0)
 _FLOOR = 1e-9
+_DRAWN_DOTS = 10_000
 
 Product = Callable[[Rows, F32], F32]
 
@@ -91,6 +92,7 @@ def measure(
             "a_bits": _bits(a),
             "b_bits": _bits(b),
             "relative_difference_percent": 100.0 * reference,
+            **_published_dot(seeds[0]),
         },
         "regimes": {
             name: compare(draws, formats[name], _path_b(formats[name])) for name, draws in drawn.items()
@@ -109,6 +111,19 @@ def measure(
                 for level in _NOISE_LEVELS
             ),
         ],
+    }
+
+
+def _published_dot(seed: int) -> dict[str, Any]:
+    """The scalar and the SIMD dot of the published input, and how often they agree on drawn ones."""
+    factors = published.dot_factors()
+    drawn = generator(seed, 2).standard_normal((2, _DRAWN_DOTS, len(factors[0]))).astype(np.float32)
+    equal = published.scalar_dot(*drawn) == published.simd_dot(*drawn)
+    return {
+        "scalar_dot_bits": _bits(np.float32(published.scalar_dot(*factors))),
+        "simd_dot_bits": _bits(np.float32(published.simd_dot(*factors))),
+        "drawn_dots": _DRAWN_DOTS,
+        "drawn_dots_equal_percent": 100.0 * float(equal.mean()),
     }
 
 
