@@ -136,6 +136,10 @@ class Config(_Section):
     sweep: SweepSpec = SweepSpec()
     trace: TraceSpec
     decomposition: DecompositionSpec
+    device: Literal["cpu", "auto", "cuda"] = Field(
+        "cpu",
+        description="where the sweep and the passes run; auto: cuda where a device answers, else cpu",
+    )
     contracts: str = Field("contracts", description="folder of contracts, relative to the workflow's folder")
     origin: str = Field(
         "", description="the configuration file that relative paths and the lock belong to; itself by default"

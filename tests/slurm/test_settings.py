@@ -8,18 +8,25 @@ from typing import Any
 import yaml
 from tests.workflow.case import ROOT
 
-PROFILE: dict[str, Any] = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
+TEXT = (ROOT / "workflow/profiles/slurm/config.yaml").read_text()
+PROFILE: dict[str, Any] = yaml.safe_load(TEXT)
+# What its comments show of the stages that a GPU can speed up.
+COMMENTS = TEXT[TEXT.index("# set-resources:") :]
+EXAMPLE: dict[str, Any] = yaml.safe_load(re.sub(r"^# ?", "", COMMENTS, flags=re.MULTILINE))
 RULES = "\n".join(path.read_text() for path in sorted((ROOT / "workflow/rules").glob("*.smk")))
 
 
 def test_every_rule_it_names_exists() -> None:
     rules = set(re.findall(r"^\s*rule (\w+):", RULES, re.MULTILINE))
-    assert set(PROFILE["set-resources"]) <= rules
+    assert set(EXAMPLE["set-resources"]) <= rules
 
 
-def test_no_gpu_is_reserved_by_default() -> None:
-    assert {resources["gpu"] for resources in PROFILE["set-resources"].values()} == {0}
-    assert set(re.findall(r"\bgpu=(\d+)", RULES)) == {"0"}
+def test_a_gpu_is_asked_for_by_the_rules_that_take_a_device_and_by_no_profile() -> None:
+    assert "set-resources" not in PROFILE
+    for rule in re.split(r"^\s*rule (?=\w+:)", RULES, flags=re.MULTILINE)[1:]:
+        name = rule.split(":", 1)[0]
+        assert ("gpu=CASE.gpus" in rule) == ("--device {params.device}" in rule), name
+        assert ("gpu=" in rule) == (name in EXAMPLE["set-resources"]), name
 
 
 def test_every_job_states_its_memory_and_time() -> None:

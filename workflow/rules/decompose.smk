@@ -19,13 +19,15 @@ rule base_pass:
     resources:
         mem_mb=4000,
         runtime=60,
-        gpu=0,
+        gpu=CASE.gpus,
     params:
+        device=CONFIG.device,
         minimum=CONFIG.decomposition.minimum_positions,
         code=code_digest("decompose"),
     shell:
         "driftscope stage base {wildcards.path} --teacher {input.teacher} --candidate {input.candidate}"
-        " --prompts {input.prompts} --minimum {params.minimum} --out {output} --threads {threads} 2> {log}"
+        " --prompts {input.prompts} --minimum {params.minimum} --out {output} --threads {threads}"
+        " --device {params.device} 2> {log}"
 
 
 rule engine:
@@ -69,15 +71,16 @@ rule counterfactuals:
     resources:
         mem_mb=4000,
         runtime=240,
-        gpu=0,
+        gpu=CASE.gpus,
     params:
+        device=CONFIG.device,
         jobs=JOBS,
         bases=lambda wildcards, input: labelled("base", PATHS, input.bases),
         code=code_digest("decompose"),
     shell:
         "driftscope stage counterfactuals --teacher {input.teacher} --candidate {input.candidate}"
         " --prompts {input.prompts} {params.bases} --part {wildcards.job}/{params.jobs}"
-        " --out {output} --threads {threads} 2> {log}"
+        " --out {output} --threads {threads} --device {params.device} 2> {log}"
 
 
 rule decompose:

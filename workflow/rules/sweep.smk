@@ -16,13 +16,15 @@ rule sweep_shard:
     resources:
         mem_mb=2000,
         runtime=60,
-        gpu=0,
+        gpu=CASE.gpus,
     params:
+        device=CONFIG.device,
         shards=SHARDS,
         code=code_digest("sweep"),
     shell:
         "driftscope stage sweep --teacher {input.teacher} --candidate {input.candidate}"
-        " --part {wildcards.shard}/{params.shards} --out {output} --threads {threads} 2> {log}"
+        " --part {wildcards.shard}/{params.shards} --out {output} --threads {threads}"
+        " --device {params.device} 2> {log}"
 
 
 rule sweep:

@@ -19,8 +19,9 @@ rule trace_chunk:
     resources:
         mem_mb=3000,
         runtime=60,
-        gpu=0,
+        gpu=CASE.gpus,
     params:
+        device=CONFIG.device,
         chunks=CHUNKS,
         keep=" ".join(f"--keep {quote(pattern)}" for pattern in CONFIG.trace.keep),
         state_in=lambda wildcards, input: (
@@ -30,7 +31,8 @@ rule trace_chunk:
     shell:
         "driftscope stage trace {wildcards.path} --model {input.model} --prompts {input.prompts}"
         " --part {wildcards.chunk}/{params.chunks} {params.state_in} {params.keep} --out {output.table}"
-        " --taps {output.taps} --state {output.state} --threads {threads} 2> {log}"
+        " --taps {output.taps} --state {output.state} --threads {threads}"
+        " --device {params.device} 2> {log}"
 
 
 rule trace:

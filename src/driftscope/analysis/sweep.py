@@ -17,7 +17,7 @@ import numpy as np
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.errors import InputError
-from driftscope.kernels.compare import compare
+from driftscope.kernels.device import Kernels, kernels_on
 
 if TYPE_CHECKING:
     import polars as pl
@@ -124,7 +124,7 @@ def plan_shards(sizes: Mapping[str, int], n_shards: int) -> list[list[str]]:
 
 
 def compare_tensor(
-    a: TensorRef, b: TensorRef, *, tensor: str | None = None, threads: int = 1
+    a: TensorRef, b: TensorRef, *, tensor: str | None = None, kernels: Kernels | None = None
 ) -> dict[str, Any]:
     """Compare two stored tensors, rows in canonical order.
 
@@ -132,7 +132,7 @@ def compare_tensor(
         a: the teacher's tensor.
         b: the candidate's tensor.
         tensor: name of the row; a's by default.
-        threads: number of threads; the result does not depend on it.
+        kernels: where to compare; by default on the CPU with one thread.
 
     Returns:
         A row of the ``sweep`` table. Tensors of unlike shapes are not compared: the status says so.
@@ -150,8 +150,8 @@ def compare_tensor(
         return {**row, **_NOTHING_COMPARED, "status": status}
     if not a.n_elements:
         return {**row, **_NOTHING_COMPARED, "status": "NotCompared"}
-    found = compare(
-        a.raw(), a.dtype, b.raw(), b.dtype, rows_a=a.row_order(), rows_b=b.row_order(), threads=threads
+    found = (kernels or kernels_on("cpu")).compare(
+        a.raw(), a.dtype, b.raw(), b.dtype, rows_a=a.row_order(), rows_b=b.row_order()
     )
     any_compared = found.compared_count > 0
     r, c = divmod(found.max_index, a.shape[-1])

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from driftscope import __version__
-from driftscope.cli.options import DEFAULT_CONFIG, AsJson, ConfigFile, Results, Threads, open_any
+from driftscope.cli.options import DEFAULT_CONFIG, AsJson, ConfigFile, Device, Results, Threads, open_any
 from driftscope.cli.show import fail, print_json, print_sweep, progress_bar
 
 ALL_CORES = os.cpu_count() or 1
@@ -110,6 +110,7 @@ def diff(
     b: Annotated[Path, typer.Argument(help="the model under test")],
     limit: Annotated[int, typer.Option(help="rows to show, worst first", min=1)] = 15,
     threads: Threads = ALL_CORES,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compare two models tensor by tensor; exit 1 where one differs by more than its format explains."""
@@ -118,13 +119,15 @@ def diff(
     from driftscope.analysis.sweep import Band, compare_tensor, inventory, pairs, summarise
     from driftscope.config import SweepSpec
     from driftscope.evidence.schemas import frame_of
+    from driftscope.kernels.device import choose_device, kernels_on
 
     first, second = open_any(a), open_any(b)
     found = pairs(first, second)
+    kernels = kernels_on(choose_device(device), threads)
     rows = []
     with progress_bar("comparing", visible=not as_json) as advance:
         for index, pair in enumerate(found):
-            rows.append(compare_tensor(pair.a, pair.b, tensor=pair.tensor, threads=threads))
+            rows.append(compare_tensor(pair.a, pair.b, tensor=pair.tensor, kernels=kernels))
             advance(index + 1, len(found))
     listed = inventory(first, second)
     frame = frame_of(rows, "sweep")

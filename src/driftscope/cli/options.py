@@ -13,6 +13,7 @@ DEFAULT_CONFIG = Path("config/config.yaml")
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="configuration file")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="the evidence file to write")]
 Threads = Annotated[int, typer.Option(help="threads; the result does not depend on it", min=1)]
+Device = Annotated[str, typer.Option(help="cpu; cuda; or auto: cuda where a device answers, else cpu")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 Teacher = Annotated[Path, typer.Option(help="manifest of the teacher")]
 Candidate = Annotated[Path, typer.Option(help="manifest of the candidate")]

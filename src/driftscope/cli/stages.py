@@ -10,6 +10,7 @@ import typer
 from driftscope.cli.options import (
     Candidate,
     ConfigFile,
+    Device,
     Labelled,
     Out,
     Part,
@@ -62,11 +63,18 @@ def prompts(config: ConfigFile, model: Annotated[Path, typer.Option(help="manife
 
 
 @stage.command()
-def sweep(teacher: Teacher, candidate: Candidate, part: Part, out: Out, threads: Threads = 1) -> None:
+def sweep(
+    teacher: Teacher,
+    candidate: Candidate,
+    part: Part,
+    out: Out,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
     """Compare one shard of the tensors."""
     from driftscope.stages.sweep import shard
 
-    shard(teacher, candidate, *part_of(part), out, threads=threads)
+    shard(teacher, candidate, *part_of(part), out, threads=threads, device=device)
 
 
 @stage.command()
@@ -109,12 +117,14 @@ def trace(
     state_in: Annotated[Path | None, typer.Option(help="what the chunk before left")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="globs of the taps to keep")] = None,
     threads: Threads = 1,
+    device: Device = "cpu",
 ) -> None:
     """Run one chunk of layers of one path and record its taps."""
     from driftscope.stages.trace import chunk
 
     index, count = part_of(part)
-    chunk(model, path, prompts_file, index, count, keep or [], state_in, out, taps, state, threads=threads)
+    inputs, outputs = (model, path, prompts_file, index, count, keep or [], state_in), (out, taps, state)
+    chunk(*inputs, *outputs, threads=threads, device=device)
 
 
 @stage.command()
@@ -168,11 +178,12 @@ def base(
     out: Out,
     minimum: Annotated[int, typer.Option(help="least token positions", min=1)] = 1,
     threads: Threads = 1,
+    device: Device = "cpu",
 ) -> None:
     """Run one path over the texts of the decomposition."""
     from driftscope.stages import decompose
 
-    decompose.base(teacher, candidate, prompts_file, path, minimum, out, threads=threads)
+    decompose.base(teacher, candidate, prompts_file, path, minimum, out, threads=threads, device=device)
 
 
 @stage.command()
@@ -192,6 +203,7 @@ def counterfactuals(
     part: Part,
     out: Out,
     threads: Threads = 1,
+    device: Device = "cpu",
 ) -> None:
     """Run one job's share of the counterfactual passes."""
     from driftscope.stages import decompose
@@ -207,6 +219,7 @@ def counterfactuals(
             jobs,
             out,
             threads=threads,
+            device=device,
             progress=advance,
         )
 

@@ -31,15 +31,18 @@ def policy_of(path: str) -> Policy:
     return PATHS[path]
 
 
-def forward_pass(artifacts: Mapping[str, Artifact], path: str, *, threads: int = 1) -> ForwardPass:
+def forward_pass(
+    artifacts: Mapping[str, Artifact], path: str, *, threads: int = 1, device: str = "cpu"
+) -> ForwardPass:
     """A pass along a path.
 
     Args:
         artifacts: by role, ``teacher`` and ``candidate``; the one that the path does not use may be left out.
         path: one of `PATHS`.
         threads: number of threads; the result does not depend on it.
+        device: ``cpu`` or ``cuda``.
     """
     # Here, so that the names of the paths can be had without compiling kernels.
     from driftscope.forward.model import ForwardPass
 
-    return ForwardPass(artifacts, policy_of(path), threads=threads)
+    return ForwardPass(artifacts, policy_of(path), threads=threads, device=device)

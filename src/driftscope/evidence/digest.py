@@ -66,7 +66,7 @@ def _digest_sources(packages: Iterable[str]) -> str:
     for package in sorted(packages):
         source = _PACKAGE / package
         for file in [source] if source.is_file() else sorted(source.rglob("*")):
-            if file.is_file() and file.suffix in {".py", ".cu", ".j2", ".css", ".json"}:
+            if file.is_file() and file.suffix in {".py", ".cu", ".cuh", ".j2", ".css", ".json"}:
                 digest.update(f"{file.relative_to(_PACKAGE).as_posix()}\0".encode())
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]

@@ -14,6 +14,13 @@ from driftscope.evidence.atomic import write_text
 _STARTED = time.time()
 _PACKAGES = ("driftscope", "numpy", "numba", "gguf", "safetensors", "polars")
 
+_device: dict[str, str] = {"kind": "cpu", "name": ""}
+
+
+def note_device(kind: str, name: str) -> None:
+    """Say what this process runs its kernels on: ``cpu`` or ``cuda``, and the card's name."""
+    _device.update(kind=kind, name=name)
+
 
 def provenance_path(path: Path) -> Path:
     """Return where the provenance of the evidence file `path` is kept."""
@@ -31,6 +38,7 @@ def write_provenance(path: Path) -> None:
         "system": platform.platform(),
         "python": platform.python_version(),
         "cpu_count": os.cpu_count(),
+        "device": dict(_device),
         "packages": {name: version(name) for name in _PACKAGES},
     }
     write_text(provenance_path(path), json.dumps(document, indent=1) + "\n")

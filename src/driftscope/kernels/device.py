@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -171,10 +172,16 @@ def why_not_cuda() -> str:
 
 def kernels_on(device: str, threads: int = 1) -> Kernels:
     """The kernels of a device that `choose_device` gave; `threads` are for the CPU."""
-    if device == "cpu":
-        from driftscope.kernels.cpu import CpuKernels
+    if device == "cuda":
+        return _on_card()
+    from driftscope.kernels.cpu import CpuKernels
 
-        return CpuKernels(threads)
+    return CpuKernels(threads)
+
+
+@cache
+def _on_card() -> Kernels:
+    # One a process, so that weights stay on the card from pass to pass.
     from driftscope.kernels.cuda.kernels import CudaKernels
     from driftscope.kernels.cuda.module import CupyCard
 

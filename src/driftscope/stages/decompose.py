@@ -20,6 +20,7 @@ from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_json, read_table, write_json, write_table
 from driftscope.forward.policy import LAYER_SITES, WHOLE_MODEL, Choice, Policy
 from driftscope.stages.arrays import Arrays, write_arrays
+from driftscope.stages.device import device_parameter, take_device
 from driftscope.stages.prompts import prompt_set, slices_of
 
 TEACHER = Choice("teacher", "f32")
@@ -104,7 +105,15 @@ def deal(n_layers: int, jobs: int) -> list[list[int]]:
 
 
 def base(
-    teacher: Path, candidate: Path, prompts_file: Path, path: str, minimum: int, out: Path, *, threads: int
+    teacher: Path,
+    candidate: Path,
+    prompts_file: Path,
+    path: str,
+    minimum: int,
+    out: Path,
+    *,
+    threads: int,
+    device: str = "cpu",
 ) -> None:
     """Run one path over the texts; keep its logits and the input of every layer."""
     from driftscope.engines.own import forward_pass
@@ -118,7 +127,7 @@ def base(
             f"decomposition.texts have {positions} token positions; decomposition.minimum_positions asks "
             f"for {minimum}; give more or longer texts"
         )
-    forward = forward_pass(artifacts, path, threads=threads)
+    forward = forward_pass(artifacts, path, threads=threads, device=take_device(device))
     batch = TokenBatch.of([text["ids"] for text in texts])
     hidden = forward.embed(batch)
     arrays = {"hidden.0": hidden}
@@ -162,6 +171,7 @@ def counterfactuals(
     out: Path,
     *,
     threads: int,
+    device: str = "cpu",
     progress: Any = None,
 ) -> None:
     """Run one job's share of the counterfactual passes; keep the energy at each position."""
@@ -180,13 +190,14 @@ def counterfactuals(
         raise InputError(
             f"decomposition.jobs is {jobs}, but there are only {len(listed)} runs; use fewer jobs"
         )
+    device = take_device(device)
     places = _places(texts)
     rows: list[dict[str, Any]] = []
     if index == 0:
         rows += _totals(files, places)
     for done, number in enumerate(mine):
         run = listed[number]
-        forward = ForwardPass(artifacts, run.policy, threads=threads)
+        forward = ForwardPass(artifacts, run.policy, threads=threads, device=device)
         if run.embeds:
             hidden = forward.embed(batch)
         else:
@@ -196,7 +207,8 @@ def counterfactuals(
         rows += _energy_rows(run.by, run.item, run.mechanism, energy, places)
         if progress is not None:
             progress(done + 1, len(mine))
-    header = EvidenceHeader.of("decompose", {**inputs, "texts": digest}, {"job": [index, jobs]})
+    parameters = {"job": [index, jobs], **device_parameter(device)}
+    header = EvidenceHeader.of("decompose", {**inputs, "texts": digest}, parameters)
     write_table(frame_of(rows, "energies"), out, "energies", header)
 
 

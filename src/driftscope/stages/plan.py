@@ -53,6 +53,11 @@ class CasePlan:
         return [falsifier.id for item in self.loaded for falsifier in item.contract.falsifiers]
 
     @property
+    def gpus(self) -> int:
+        """Return how many GPUs a job asks for whose kernels a GPU can run."""
+        return 0 if self.config.device == "cpu" else 1
+
+    @property
     def prompt_files(self) -> list[str]:
         """Return the text files that prompts are read from."""
         prompts = (*self.config.trace.prompts, *self.config.decomposition.texts)

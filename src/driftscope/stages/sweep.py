@@ -9,9 +9,19 @@ from driftscope.evidence.digest import sha256_file
 from driftscope.evidence.header import EvidenceHeader
 from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_json, read_table, write_json, write_table
+from driftscope.stages.device import device_parameter, take_device
 
 
-def shard(teacher: Path, candidate: Path, index: int, count: int, out: Path, *, threads: int) -> None:
+def shard(
+    teacher: Path,
+    candidate: Path,
+    index: int,
+    count: int,
+    out: Path,
+    *,
+    threads: int,
+    device: str = "cpu",
+) -> None:
     """Compare the tensors of one shard.
 
     A shard without tensors writes the row of no tensor: it repeats none, so that the joined table stays
@@ -20,6 +30,7 @@ def shard(teacher: Path, candidate: Path, index: int, count: int, out: Path, *, 
     from driftscope.analysis.sweep import compare_tensor, pairs, plan_shards
     from driftscope.errors import InputError
     from driftscope.evidence.schemas import frame_of
+    from driftscope.kernels.device import kernels_on
 
     a, digest_a = open_model(teacher)
     b, digest_b = open_model(candidate)
@@ -33,10 +44,13 @@ def shard(teacher: Path, candidate: Path, index: int, count: int, out: Path, *, 
         raise InputError(
             f"sweep.shards is {count}, but there are only {len(found)} tensors; use fewer shards"
         )
+    device = take_device(device)
+    kernels = kernels_on(device, threads)
     rows = [
-        compare_tensor(found[name].a, found[name].b, tensor=name, threads=threads) for name in plan[index]
+        compare_tensor(found[name].a, found[name].b, tensor=name, kernels=kernels) for name in plan[index]
     ]
-    header = EvidenceHeader.of("sweep", {"a": digest_a, "b": digest_b}, {"shard": [index, count]})
+    parameters = {"shard": [index, count], **device_parameter(device)}
+    header = EvidenceHeader.of("sweep", {"a": digest_a, "b": digest_b}, parameters)
     write_table(frame_of(rows, "sweep"), out, "sweep", header)
 
 

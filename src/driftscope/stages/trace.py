@@ -16,6 +16,7 @@ from driftscope.evidence.header import EvidenceHeader
 from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_table, write_json, write_table
 from driftscope.stages.arrays import Arrays, write_arrays
+from driftscope.stages.device import device_parameter, take_device
 from driftscope.stages.prompts import prompt_set, slices_of
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def chunk(
     state_out: Path,
     *,
     threads: int,
+    device: str = "cpu",
 ) -> None:
     """Run one chunk of layers; the first one embeds the tokens, the last one adds the head.
 
@@ -127,6 +129,7 @@ def chunk(
         taps_out: arrays of the kept taps.
         state_out: the residual stream after the chunk.
         threads: for the matmuls; the result does not depend on it.
+        device: as it is asked for (`driftscope.kernels.device.REQUESTS`).
     """
     from driftscope.engines.own import forward_pass
     from driftscope.evidence.schemas import COLUMNS, frame_of
@@ -135,7 +138,8 @@ def chunk(
     artifact, digest = open_model(model)
     prompts, prompts_digest = prompt_set(prompts_file, "trace")
     layers = chunk_layers(index, count, artifact.config.num_layers)
-    forward = forward_pass({path.partition(".")[0]: artifact}, path, threads=threads)
+    device = take_device(device)
+    forward = forward_pass({path.partition(".")[0]: artifact}, path, threads=threads, device=device)
     batch = TokenBatch.of([prompt["ids"] for prompt in prompts])
     recorder = Recorder(forward, path, prompts, keep)
     if state_in is None:
@@ -150,7 +154,8 @@ def chunk(
     columns = list(COLUMNS["trace"])
     rows = [{column: row[column] for column in columns} for row in recorder.rows]
     inputs = {path.partition(".")[0]: digest, "prompts": prompts_digest}
-    header = EvidenceHeader.of("trace", inputs, {"path": path, "chunk": [index, count]})
+    parameters = {"path": path, "chunk": [index, count], **device_parameter(device)}
+    header = EvidenceHeader.of("trace", inputs, parameters)
     write_table(frame_of(rows, "trace"), table_out, "trace", header)
 
 

@@ -261,12 +261,16 @@ class CudaKernels:
             worst = int(np.argmax(np.where(tallies[:, 0] > 0, figures[:, 9], -1.0)))
             rows = slice(worst * slab, min((worst + 1) * slab, n_rows))
             x, y = (
-                dequantize_on_host(np.ascontiguousarray(self.to_host(raw[order[rows]])), dtype).reshape(-1)
+                dequantize_on_host(self._rows_on_host(raw, order[rows]), dtype).reshape(-1)
                 for raw, order, dtype in ((a_raw, order_a, a_dtype), (b_raw, order_b, b_dtype))
             )
             largest = _largest(x, y, rows.start * columns)
         predicted = cell_kind(layout) != NONE
         return on_host._pool(figures, tallies, n_rows * columns, largest, predicted=predicted)
+
+    def _rows_on_host(self, raw: Array, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        chosen = raw[self.to_device(rows)] if self.card.owns(raw) else raw[rows]
+        return np.ascontiguousarray(self.to_host(chosen))
 
     def tap_statistics(self, x: Array) -> TapStatistics:
         """See `driftscope.kernels.statistics.tap_statistics`; the result lies on the host."""
