@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import ctypes
 
+import gguf
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from driftscope.errors import InputError
 from driftscope.kernels.activations import QuantizedActivation, quantize_activation
@@ -81,10 +84,18 @@ def as_bytes(activation: QuantizedActivation) -> np.ndarray:
     return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], axis=2)
 
 
+class TypeTraits(ctypes.Structure):
+    """The start of ``struct ggml_type_traits_cpu``."""
+
+    _fields_ = (("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),)
+
+
 def c_function(fmt: str, ggml_base, ggml_cpu):
+    """The portable function of a ``_ref`` format; else the one that llama.cpp calls on this processor."""
     if fmt.endswith("_ref"):
         return getattr(ggml_base, f"quantize_row_{fmt}")
-    return getattr(ggml_cpu, f"quantize_row_{fmt}")
+    ggml_cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(TypeTraits)
+    return ggml_cpu.ggml_get_type_traits_cpu(int(gguf.GGMLQuantizationType[fmt.upper()])).contents.from_float
 
 
 @pytest.mark.parametrize("fmt", INTEGER)
@@ -103,6 +114,87 @@ def test_non_finite_bytes_equal_ggml(fmt: str, case: str, ggml_base, ggml_cpu) -
     ours = quantize_activation(x, fmt)
     assert isinstance(ours, QuantizedActivation)
     np.testing.assert_array_equal(as_bytes(ours), ggml_rows(c_function(fmt, ggml_base, ggml_cpu), x, fmt))
+
+
+# Blocks that are told apart by what is done with them: a value of any size, many values of few sizes (ties
+# and equal maxima of both signs), half-way cases, and values around the smallest and the largest scales.
+ANY = st.floats(width=32, allow_nan=True, allow_infinity=True)
+VALUES = st.sampled_from(
+    [
+        st.floats(-4, 4, width=32),
+        ANY,
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 127.0, -127.0]),
+        st.integers(-254, 254).map(lambda i: i / 2),
+        st.floats(-(2.0**-120), 2.0**-120, width=32),
+        st.floats(width=32, allow_nan=False, allow_infinity=False),
+    ]
+)
+
+
+@st.composite
+def activations(draw: st.DrawFn, width: int) -> np.ndarray:
+    values = draw(VALUES)
+    x = np.full(width, draw(values), np.float32)
+    count = draw(st.integers(1, width))
+    x[:count] = draw(st.lists(values, min_size=count, max_size=count))
+    if draw(st.booleans()):
+        x[draw(st.integers(0, width - 1))] = draw(ANY)
+    return x[None, :]
+
+
+@pytest.mark.parametrize("fmt", INTEGER)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_block_equals_ggml(fmt: str, ggml_base, ggml_cpu, data: st.DataObject) -> None:
+    x = data.draw(activations(256 if fmt == "q8_K" else 64))
+    found = as_bytes(quantize_activation(x, fmt))
+    expected = ggml_rows(c_function(fmt, ggml_base, ggml_cpu), x, fmt)
+    np.testing.assert_array_equal(without_payload(found, fmt), without_payload(expected, fmt))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_value_in_half_precision_equals_ggml(ggml_base, data: st.DataObject) -> None:
+    x = data.draw(activations(64))
+    assert_float_formats(x, ggml_base)
+
+
+@pytest.mark.parametrize("exponent", [-25, -24, -15, -14, -1, 0, 14, 15, 16])
+def test_half_way_cases_of_half_precision_equal_ggml(exponent: int, ggml_base) -> None:
+    """Every f16 and bf16 near a power of two, what lies half-way to the next, and their neighbours."""
+    steps = np.arange(2**11, 2**12, dtype=np.float64) / 2**11 * 2.0**exponent
+    x = np.concatenate([steps, -steps]).astype(np.float32)
+    x = np.concatenate([x, np.nextafter(x, np.float32(0)), np.nextafter(x, np.float32(np.inf))])
+    assert_float_formats(x[None, :], ggml_base)
+
+
+@pytest.mark.parametrize("fmt", INTEGER)
+def test_one_long_row_equals_ggml(fmt: str, ggml_base, ggml_cpu) -> None:
+    x = np.random.Generator(np.random.Philox(9)).standard_normal((3, 18944)).astype(np.float32)
+    x[1] *= np.exp(np.random.Generator(np.random.Philox(10)).standard_normal(18944)).astype(np.float32)
+    found = as_bytes(quantize_activation(x, fmt))
+    np.testing.assert_array_equal(found, ggml_rows(c_function(fmt, ggml_base, ggml_cpu), x, fmt))
+
+
+@pytest.mark.parametrize("fmt", [*INTEGER, "apr_q8k", "f16", "bf16"])
+def test_threads_do_not_change_the_bits(fmt: str) -> None:
+    x = np.random.Generator(np.random.Philox(11)).standard_normal((200, 1024)).astype(np.float32)
+    one, three = quantize_activation(x, fmt), quantize_activation(x, fmt, threads=3)
+    np.testing.assert_array_equal(one.dequantize(), three.dequantize())
+
+
+@pytest.mark.parametrize("fmt", [*INTEGER, "apr_q8k"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_finite_block_equals_reference(fmt: str, data: st.DataObject) -> None:
+    x = np.nan_to_num(data.draw(activations(256)), nan=1.0, posinf=2.0, neginf=-2.0)
+    x = np.where(np.abs(x) < np.float32(1e-30), np.float32(0), np.clip(x, -1e30, 1e30)).astype(np.float32)
+    ours = quantize_activation(x, fmt)
+    quants, d, s = reference.quantize_activation(x, fmt)
+    np.testing.assert_array_equal(ours.quants, quants)
+    np.testing.assert_array_equal(ours.d, d)
+    if ours.s is not None:
+        np.testing.assert_array_equal(ours.s, s)
 
 
 @pytest.mark.parametrize("fmt", [*INTEGER, "apr_q8k"])
@@ -141,10 +233,22 @@ def test_apr_q8k_leaves_nan_out() -> None:
     assert np.all(np.isfinite(ours.d))
 
 
+def without_payload(stored: np.ndarray, fmt: str) -> np.ndarray:
+    """The stored blocks with one NaN for all NaNs, whose payloads no format specifies."""
+    stored = stored.copy()
+    scales = stored[..., :4].view(np.float32) if fmt == "q8_K" else stored[..., : 4 if "q8_1" in fmt else 2]
+    scales = scales if fmt == "q8_K" else np.ascontiguousarray(scales).view(np.float16)
+    clean = np.where(np.isnan(scales), np.nan, scales).astype(scales.dtype)
+    return np.concatenate([clean.view(np.uint8), stored[..., clean.itemsize * clean.shape[-1] :]], axis=-1)
+
+
 def test_float_formats(ggml_base) -> None:
     x = np.concatenate([case.reshape(-1) for case in (inputs() | odd_inputs()).values()])[None, :]
-    assert quantize_activation(x, "none").dequantize() is not None
     np.testing.assert_array_equal(quantize_activation(x, "none").dequantize(), x)
+    assert_float_formats(x, ggml_base)
+
+
+def assert_float_formats(x: np.ndarray, ggml_base) -> None:
     stored = np.empty(x.size, np.uint16)
     pointers = ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(stored.ctypes.data), ctypes.c_int64(x.size)
     ggml_base.ggml_fp32_to_bf16_row_ref(*pointers)
