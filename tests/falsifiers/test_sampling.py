@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from driftscope.errors import InputError
-from driftscope.falsifiers.sampling import Resampling, generator, parameter, rounded, with_interval
+from driftscope.falsifiers.sampling import (
+    Resampling,
+    generator,
+    parameter,
+    rounded,
+    share_with_interval,
+    with_interval,
+)
 
 
 def test_a_generator_depends_on_its_whole_key() -> None:
@@ -38,6 +46,13 @@ def test_whole_clusters_are_drawn() -> None:
     single = with_interval(mean, values, resampling)
     copies = with_interval(mean, np.repeat(values[:, None], 50, axis=1), resampling)
     assert single == pytest.approx(copies, rel=1e-9)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 50), (3, 50), (50, 50), (14000, 14336)])
+def test_the_interval_of_a_share_is_scipys_exact_one(hits: int, count: int) -> None:
+    expected = stats.binomtest(hits, count).proportion_ci(0.9, method="exact")
+    found = share_with_interval(hits, count, Resampling(100, 0.9))
+    assert found == pytest.approx({"value": hits / count, "low": expected.low, "high": expected.high})
 
 
 def test_ten_significant_digits_are_kept() -> None:

@@ -10,6 +10,7 @@ from driftscope.errors import InputError
 from driftscope.falsifiers.reader import EvidenceReader
 
 MEASUREMENTS: dict[str, str] = {
+    "batch": "driftscope.falsifiers.batch",
     "chain": "driftscope.falsifiers.chain",
     "depth": "driftscope.falsifiers.depth",
     "grouped_attention": "driftscope.falsifiers.grouped_attention",

@@ -83,3 +83,22 @@ def with_interval(statistic: Callable[[F64], F64], clusters: F64, resampling: Re
     low, high = np.quantile(samples, [tail, 1.0 - tail])
     point = float(statistic(clusters[None])[0])
     return {"value": rounded(point), "low": rounded(float(low)), "high": rounded(float(high))}
+
+
+def share_with_interval(hits: int, count: int, resampling: Resampling) -> dict[str, float]:
+    """Return a share of independent trials with its exact interval (Clopper and Pearson 1934).
+
+    Args:
+        hits: trials that hit.
+        count: trials, at least one.
+        resampling: confidence; nothing is resampled.
+
+    Returns:
+        ``{value, low, high}``; no trial that hits has the low end 0, all that hit have the high end 1.
+    """
+    from scipy.special import betaincinv
+
+    tail = (1.0 - resampling.confidence) / 2.0
+    low = 0.0 if hits == 0 else float(betaincinv(hits, count - hits + 1, tail))
+    high = 1.0 if hits == count else float(betaincinv(hits + 1, count - hits, 1.0 - tail))
+    return {"value": rounded(hits / count), "low": rounded(low), "high": rounded(high)}
