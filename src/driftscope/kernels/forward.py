@@ -23,7 +23,7 @@ from driftscope.kernels.parallel import over_rows
 F32 = NDArray[np.float32]
 
 # Values that are not worth another thread.
-_GRAIN = 1 << 16
+_GRAIN = 1 << 18
 
 KV_TYPES = ("f32", "f16")
 """Types in which attention may hold its operands; see `attention`."""

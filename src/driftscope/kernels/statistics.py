@@ -103,22 +103,23 @@ class TapStatistics:
         if not 0 <= first < end <= len(self.mean):
             raise ValueError(f"tokens {first} to {end} of {len(self.mean)}: expected at least one of them")
         finite, means, centred, lows, highs, peaks, *counts = self._columns
+        rows = [row for row in range(first, end) if finite[row]]
         n = sum(finite[first:end])
         mean = std = rms = low = high = None
         channel = position = -1
-        if n:
-            rows = [row for row in range(first, end) if finite[row]]
-            mean, spread = means[rows[0]], centred[rows[0]]
+        if rows:
+            row = rows[0]
+            mean, spread, low, high = means[row], centred[row], lows[row], highs[row]
             if len(rows) > 1:
-                mean = math.fsum(finite[row] * means[row] for row in rows) / n
-                spread = math.fsum([centred[row] + finite[row] * (means[row] - mean) ** 2 for row in rows])
+                mean = math.fsum([finite[r] * means[r] for r in rows]) / n
+                spread = math.fsum([centred[r] + finite[r] * (means[r] - mean) ** 2 for r in rows])
+                low, high = min([lows[r] for r in rows]), max([highs[r] for r in rows])
+                peak = max(-low, high)
+                row = next(r for r in rows if -lows[r] == peak or highs[r] == peak)
             std = math.sqrt(spread / (n - 1)) if n > 1 else None
             rms = math.sqrt(spread / n + mean * mean)
-            low, high = min(lows[row] for row in rows), max(highs[row] for row in rows)
-            peak = max(abs(low), abs(high))
-            row = next(row for row in rows if max(-lows[row], highs[row]) == peak)
             channel, position = peaks[row], row - origin
-        nans, infinite, zeros = (sum(column[first:end]) for column in counts)
+        nans, infinite, zeros = [sum(column[first:end]) for column in counts]
         return PooledStatistics(
             token_count=end - first,
             count=(end - first) * self.channels,
