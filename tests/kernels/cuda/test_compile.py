@@ -8,6 +8,8 @@ from tests.kernels.cuda.instances import core, sample
 
 from driftscope.kernels.cuda.sources import ARCHITECTURES, OPTIONS, source
 
+# What CuPy adds by itself.
+CUPY_OPTIONS = ("--device-as-default-execution-space",)
 FILES = sorted({kernel.file for kernel in sample()})
 
 
@@ -18,7 +20,7 @@ def compile_for(architecture: str, text: str, names: list[str]) -> tuple[bytes, 
         for name in names:
             nvrtc.addNameExpression(program, name)
         try:
-            nvrtc.compileProgram(program, (*OPTIONS, f"-arch={architecture}"))
+            nvrtc.compileProgram(program, (*OPTIONS, *CUPY_OPTIONS, f"-arch={architecture}"))
         except nvrtc.NVRTCError as error:
             raise AssertionError(nvrtc.getProgramLog(program)) from error
         for name in names:
@@ -50,13 +52,26 @@ def test_a_warning_is_noticed() -> None:
     assert "never_read" in compile_for("sm_90", text, ["dequantize<Q4_K, 4>"])[1]
 
 
-def test_no_product_is_fused_with_a_sum() -> None:
-    """The order of roundings is the CPU's; in PTX a fused operation would be named."""
-    program = nvrtc.createProgram(source("matmul.cu"), "kernels.cu", (), ())
-    nvrtc.addNameExpression(program, "multiply<F32, 4, 64, 1>")
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("activations.cu", "quantize_32<SIMD>"),
+        ("compare.cu", "compare<BF16, Q4_K, 1, 4>"),
+        ("dot.cu", "dot_rows<Q4_1, 32, true, 4>"),
+        ("forward.cu", "attention<true>"),
+        ("forward.cu", "gelu"),
+        ("matmul.cu", "multiply<Q4_K, 4, 16, 4>"),
+        ("statistics.cu", "tap_statistics"),
+    ],
+)
+def test_operations_are_rounded_one_by_one_as_ieee_says(file: str, name: str) -> None:
+    """A fused or approximate operation, or one that flushes subnormals, would be named in PTX."""
+    program = nvrtc.createProgram(source(file), "kernels.cu", (), ())
+    nvrtc.addNameExpression(program, name)
     nvrtc.compileProgram(program, (*OPTIONS, "-arch=compute_90"))
     text = nvrtc.getPTX(program)
     nvrtc.destroyProgram(program)
     text = text.decode() if isinstance(text, bytes) else text
-    assert "fma.rn" not in text
-    assert "mul.f32" in text or "mul.rn.f32" in text
+    assert ".entry" in text
+    for odd in ("fma.rn", "mad.f", ".approx", ".ftz", "div.full"):
+        assert odd not in text, odd
