@@ -16,6 +16,7 @@ MEASUREMENTS: dict[str, str] = {
     "grouped_attention": "driftscope.falsifiers.grouped_attention",
     "layer_memory": "driftscope.falsifiers.layer_memory",
     "layer_series": "driftscope.falsifiers.layer_series",
+    "norm": "driftscope.falsifiers.norm",
     "one_block": "driftscope.falsifiers.one_block",
     "real_weights": "driftscope.falsifiers.real_weights",
     "rope": "driftscope.falsifiers.rope",
