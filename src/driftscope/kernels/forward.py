@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from driftscope.kernels.elementary import cosine_and_sine, exp, tanh
 from driftscope.kernels.jit import device, kernel
+from driftscope.kernels.moments import LANES
 from driftscope.kernels.parallel import over_rows
+from driftscope.kernels.row_sums import weighted_rows
 
 F32 = NDArray[np.float32]
 
@@ -304,20 +306,8 @@ def _first_key(query, window):  # type: ignore[no-untyped-def]
 
 @device
 def _score_row(q, kt, first, stop, scale, cap, out):  # type: ignore[no-untyped-def]
-    # Keys are the inner loop, so it vectorizes while each score is still summed channel by channel. Four
-    # channels are added a sweep, in order, to load and store the sums a quarter as often.
-    channels = q.shape[0]
-    for j in range(first, stop):
-        out[j] = np.float32(0.0)
-    whole = channels - channels % 4
-    for c in range(0, whole, 4):
-        q0, q1, q2, q3 = q[c], q[c + 1], q[c + 2], q[c + 3]
-        k0, k1, k2, k3 = kt[c], kt[c + 1], kt[c + 2], kt[c + 3]
-        for j in range(first, stop):
-            out[j] = (((out[j] + q0 * k0[j]) + q1 * k1[j]) + q2 * k2[j]) + q3 * k3[j]
-    for c in range(whole, channels):
-        for j in range(first, stop):
-            out[j] = out[j] + q[c] * kt[c, j]
+    # Channel by channel, with keys side by side in a vector.
+    weighted_rows(q, kt, 0, q.shape[0], first, stop, out)
     for j in range(first, stop):
         out[j] = out[j] * scale
     if cap > 0.0:
@@ -326,12 +316,24 @@ def _score_row(q, kt, first, stop, scale, cap, out):  # type: ignore[no-untyped-
 
 
 @device
+def _largest(values, first, stop):  # type: ignore[no-untyped-def]
+    # Four at a time, as one would wait for the other; a maximum has no order.
+    a = b = c = d = np.float32(-np.inf)
+    whole = stop - (stop - first) % 4
+    for j in range(first, whole, 4):
+        a = values[j] if values[j] > a else a
+        b = values[j + 1] if values[j + 1] > b else b
+        c = values[j + 2] if values[j + 2] > c else c
+        d = values[j + 3] if values[j + 3] > d else d
+    for j in range(whole, stop):
+        a = values[j] if values[j] > a else a
+    return max(max(a, b), max(c, d))
+
+
+@device
 def _softmax_row(scores, first, stop, out):  # type: ignore[no-untyped-def]
     # A NaN is never the maximum but makes the sum NaN, and so the whole row.
-    largest = np.float32(-np.inf)
-    for j in range(first, stop):
-        if scores[j] > largest:
-            largest = scores[j]
+    largest = _largest(scores, first, stop)
     for j in range(first, stop):
         out[j] = np.float32(exp(np.float64(scores[j]) - np.float64(largest)))
     total = 0.0
@@ -354,26 +356,13 @@ def _round_row_to_f16(values, bits, first, stop):  # type: ignore[no-untyped-def
 
 
 @device
-def _weighted_sum(weights, v, first, stop, out):  # type: ignore[no-untyped-def]
-    channels = v.shape[1]
-    for c in range(channels):
-        out[c] = np.float32(0.0)
-    j = first
-    while j + 4 <= stop:
-        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
-        v0, v1, v2, v3 = v[j], v[j + 1], v[j + 2], v[j + 3]
-        for c in range(channels):
-            out[c] = (((out[c] + w0 * v0[c]) + w1 * v1[c]) + w2 * v2[c]) + w3 * v3[c]
-        j += 4
-    while j < stop:
-        for c in range(channels):
-            out[c] = out[c] + weights[j] * v[j, c]
-        j += 1
+def _in_vectors(count):  # type: ignore[no-untyped-def]
+    return -(-count // LANES) * LANES
 
 
 @device
 def _transposed(k, begin, end, head, head_dim):  # type: ignore[no-untyped-def]
-    kt = np.empty((head_dim, end - begin), dtype=np.float32)
+    kt = np.zeros((head_dim, _in_vectors(end - begin)), dtype=np.float32)
     for j in range(end - begin):
         for c in range(head_dim):
             kt[c, j] = k[begin + j, head * head_dim + c]
@@ -396,11 +385,12 @@ def _attention(  # type: ignore[no-untyped-def]
         length = end - begin
         left, right = head * head_dim, (head + 1) * head_dim
         kt = _transposed(k, begin, end, kv_head, head_dim)
-        values = np.empty((length, head_dim), dtype=np.float32)
+        values = np.zeros((length, _in_vectors(head_dim)), dtype=np.float32)
         for j in range(length):
             for c in range(head_dim):
                 values[j, c] = v[begin + j, kv_head * head_dim + c]
-        scores = np.empty(length, dtype=np.float32)
+        scores = np.empty(kt.shape[1], dtype=np.float32)
+        sums = np.empty(values.shape[1], dtype=np.float32)
         weights = np.empty(length, dtype=np.float32)
         bits = weights.view(np.uint32)
         for i in range(length):
@@ -409,7 +399,8 @@ def _attention(  # type: ignore[no-untyped-def]
             _softmax_row(scores, first, i + 1, weights)
             if f16:
                 _round_row_to_f16(weights, bits, first, i + 1)
-            _weighted_sum(weights, values, first, i + 1, out[begin + i, left:right])
+            weighted_rows(weights, values, first, i + 1, 0, head_dim, sums)
+            out[begin + i, left:right] = sums[:head_dim]
 
 
 @kernel("void(R(float32, 2), R(float32, 2), int64, int64, float32, float64, float32[:, ::1])")
@@ -419,10 +410,11 @@ def _scores(q, k, n_heads, n_kv_heads, scale, cap, out):  # type: ignore[no-unty
     group = n_heads // n_kv_heads
     for kv_head in range(n_kv_heads):
         kt = _transposed(k, 0, length, kv_head, head_dim)
+        row = np.empty(kt.shape[1], dtype=np.float32)
         for head in range(kv_head * group, (kv_head + 1) * group):
             for i in range(length):
-                row = out[i, head * length : (head + 1) * length]
                 _score_row(q[i, head * head_dim : (head + 1) * head_dim], kt, 0, length, scale, cap, row)
+                out[i, head * length : (head + 1) * length] = row[:length]
 
 
 @kernel("void(R(float32, 2), int64, int64, float32[:, ::1])")
