@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.kernels.float_vectors import widen_bf16, widen_f16
 from driftscope.kernels.formats import BlockFormat, format_of, row_columns
 from driftscope.kernels.jit import kernel
 from driftscope.kernels.parallel import over_rows
@@ -39,11 +41,14 @@ def dequantize(raw: NDArray[np.uint8], dtype: str, *, threads: int = 1) -> NDArr
     layout = format_of(dtype)
     if not layout.native:
         return _through_gguf(raw, layout)
-    if not layout.is_integer:
-        return plain_values(raw, dtype)
+    if dtype in ("F32", "F64"):
+        return _stored_floats(raw, dtype)
     raw, n_columns = check_raw(raw, dtype)
     out = np.empty((raw.shape[0], n_columns), np.float32)
     slab = slab_rows(n_columns)
+    if not layout.is_integer:
+        over_rows(partial(_widen_rows, raw, dtype == "F16", out), raw.shape[0], threads=threads, grain=slab)
+        return out
 
     def work(first: int, end: int) -> None:
         unpacked = UnpackedRows.empty(layout, min(slab, end - first), n_columns)
@@ -61,16 +66,38 @@ def slab_rows(n_columns: int) -> int:
     return max(4, SLAB_VALUES // max(1, n_columns) // 4 * 4)
 
 
-def plain_values(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Rows of F32, F16, BF16 or F64 as f32; a view of the bytes where that is possible."""
+def _stored_floats(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """Rows of F32 or F64 as f32; a view of the bytes where that is possible."""
     columns = row_columns(dtype, raw.shape[1])
-    raw = np.ascontiguousarray(raw)
-    if dtype == "BF16":
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(-1, columns)
-    stored = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]
     with np.errstate(all="ignore"):  # an F64 beyond f32 becomes infinite
-        values = raw.view(stored).astype(np.float32, copy=False)
-    return np.require(values, requirements="A")
+        values = np.ascontiguousarray(raw).view({"F32": "<f4", "F64": "<f8"}[dtype])
+        values = values.astype(np.float32, copy=False)
+    return np.require(values.reshape(-1, columns), requirements="A")
+
+
+@kernel("void(R(uint8, 2), boolean, f4[:,::1], int64, int64)")
+def _widen_rows(raw: Any, is_half: bool, out: Any, first: int, end: int) -> None:
+    """Rows ``first .. end`` of F16 or BF16 as f32."""
+    columns = out.shape[1]
+    padded = np.zeros(16, np.uint8)
+    eight = np.zeros(8, np.float32)
+    for r in range(first, end):
+        at, to = r * raw.shape[1], r * columns
+        for c in range(0, columns - columns % 8, 8):
+            if is_half:
+                widen_f16(raw, at + 2 * c, out, to + c)
+            else:
+                widen_bf16(raw, at + 2 * c, out, to + c)
+        if columns % 8:
+            c = columns - columns % 8
+            for i in range(2 * (columns - c)):
+                padded[i] = raw[r, 2 * c + i]
+            if is_half:
+                widen_f16(padded, 0, eight, 0)
+            else:
+                widen_bf16(padded, 0, eight, 0)
+            for i in range(columns - c):
+                out[r, c + i] = eight[i]
 
 
 def expand(unpacked: UnpackedRows, out: NDArray[np.float32]) -> None:
@@ -103,18 +130,18 @@ def _expand_rows(
 ) -> None:
     subs_a_block = block // sub_block
     for r in range(out.shape[0]):
-        for s in range(scales.shape[1]):
-            b = s // subs_a_block
-            scale = d[r, b] * np.float32(scales[r, s])
-            shift = dmin[r, b] * np.float32(mins[r, s])
-            for part in range(sub_block // 16):
-                at = r * out.shape[1] + s * sub_block + part * 16
-                if offset == 0:
-                    scale_16(quants, at, scale, shift, out, at)
-                elif offset == 1:
-                    scale_16_subtract(quants, at, scale, shift, out, at)
-                else:
-                    scale_16_add(quants, at, scale, shift, out, at)
+        for b in range(d.shape[1]):
+            for s in range(b * subs_a_block, (b + 1) * subs_a_block):
+                scale = d[r, b] * np.float32(scales[r, s])
+                shift = dmin[r, b] * np.float32(mins[r, s])
+                for part in range(sub_block // 16):
+                    at = r * out.shape[1] + s * sub_block + part * 16
+                    if offset == 0:
+                        scale_16(quants, at, scale, shift, out, at)
+                    elif offset == 1:
+                        scale_16_subtract(quants, at, scale, shift, out, at)
+                    else:
+                        scale_16_add(quants, at, scale, shift, out, at)
 
 
 def _through_gguf(raw: NDArray[np.uint8], layout: BlockFormat) -> NDArray[np.float32]:

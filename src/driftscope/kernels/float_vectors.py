@@ -317,14 +317,16 @@ def _bfloat(builder: Any, halves: Any) -> Any:
 
 
 def _half(builder: Any, halves: Any) -> Any:
-    """Eight f16 as f32; the payload of a NaN is not specified.
-
-    LLVM's own conversion needs a library where the target has no F16C. There the shifted bits are the value
-    times 2^-112, subnormals included.
-    """
+    """Eight f16 as f32; the payload of a NaN is not specified."""
+    # LLVM's own conversion needs a library where the target has no F16C.
     if "+f16c" in cpu_target.target_context.codegen().magic_tuple()[2].split(","):
         halves = builder.bitcast(halves, ir.VectorType(ir.HalfType(), _EIGHT))
         return builder.fpext(halves, _FLOATS)
+    return _exact_half(builder, halves)
+
+
+def _exact_half(builder: Any, halves: Any) -> Any:
+    """Eight f16 as f32, NaNs bit for bit; the shifted bits are the value times 2^-112, subnormals too."""
     bits = builder.zext(halves, _INTS)
     magnitude = builder.shl(builder.and_(bits, _ints(0x7FFF)), _ints(13))
     scale = ir.Constant(_FLOATS, [2.0**112] * _EIGHT)
@@ -333,6 +335,28 @@ def _half(builder: Any, halves: Any) -> Any:
     large = builder.icmp_unsigned(">=", magnitude, _ints(0x7C00 << 13))
     sign = builder.shl(builder.and_(bits, _ints(0x8000)), _ints(16))
     return builder.bitcast(builder.or_(builder.select(large, special, finite), sign), _FLOATS)
+
+
+def _widen(convert: Any) -> Any:
+    def define(_context: Any, raw: Any, at: Any, out: Any, to: Any) -> Any:
+        result = types.void(raw, types.intp, out, types.intp)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            raw, at, out, to = arguments
+            source = _pointer(context, builder, signature.args[0], raw, at)
+            halves = _load(builder, source, ir.VectorType(ir.IntType(16), _EIGHT), 1)
+            target = _pointer(context, builder, signature.args[2], out, to)
+            _store(builder, convert(builder, halves), target, 4)
+            return context.get_dummy_value()
+
+        return result, generate
+
+    return intrinsic(define)
+
+
+# ``out[to + i]`` = the number at byte ``at + 2 * i`` of `raw`, for eight of them, NaNs bit for bit.
+widen_bf16 = _widen(_bfloat)
+widen_f16 = _widen(_exact_half)
 
 
 # ``panel[to + c * LANES + r]`` = the number at byte ``at + r * step + c * size`` of `raw`, for eight rows r
