@@ -356,6 +356,12 @@ def _round_row_to_f16(values, bits, first, stop):  # type: ignore[no-untyped-def
 
 
 @device
+def _weighted_sum(weights, v, first, stop, out):  # type: ignore[no-untyped-def]
+    # Value by value, with channels side by side in a vector.
+    weighted_rows(weights, v, first, stop, 0, out.shape[0], out)
+
+
+@device
 def _in_vectors(count):  # type: ignore[no-untyped-def]
     return -(-count // LANES) * LANES
 
@@ -399,7 +405,7 @@ def _attention(  # type: ignore[no-untyped-def]
             _softmax_row(scores, first, i + 1, weights)
             if f16:
                 _round_row_to_f16(weights, bits, first, i + 1)
-            weighted_rows(weights, values, first, i + 1, 0, head_dim, sums)
+            _weighted_sum(weights, values, first, i + 1, sums)
             out[begin + i, left:right] = sums[:head_dim]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 
@@ -69,15 +70,28 @@ _one_vector = _weighted_rows(1)
 
 @device
 def weighted_rows(weights, rows, first, stop, left, right, out):  # type: ignore[no-untyped-def]
-    """``out[c] = sum of weights[r] * rows[r, c]`` over the rows from `first`, for the columns from `left`.
+    """``out[c] = sum of weights[r] * rows[r, c]`` over some rows, for some columns.
 
-    `stop` and `right` are the ends. `rows` and `out` have a multiple of sixteen columns; those beside the ones
-    that are asked for are written too, as far as they share a sixteen with them.
+    Args:
+        weights: f32[n].
+        rows: f32[n, m], C-contiguous.
+        first: first row.
+        stop: the row after the last one.
+        left: first column.
+        right: the column after the last one.
+        out: f32[m], contiguous. Columns that share a sixteen with one that is asked for may be written too;
+            it is fastest where `rows` and `out` have a multiple of sixteen columns.
     """
     column = left - left % LANES
+    columns = min(rows.shape[1], out.shape[0])
     while column + _AT_ONCE * LANES <= right:
         _four_vectors(weights, rows, first, stop, column, out)
         column += _AT_ONCE * LANES
-    while column < right:
+    while column < right and column + LANES <= columns:
         _one_vector(weights, rows, first, stop, column, out)
         column += LANES
+    for c in range(column, right):
+        total = np.float32(0.0)
+        for r in range(first, stop):
+            total += weights[r] * rows[r, c]
+        out[c] = total
