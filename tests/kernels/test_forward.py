@@ -14,7 +14,9 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
 from driftscope.kernels import forward as kernels
+from driftscope.kernels.jit import kernel
 from driftscope.kernels.reference import forward as reference
+from driftscope.kernels.row_sums import weighted_rows
 
 SEEDS = st.integers(0, 999)
 
@@ -310,3 +312,24 @@ def test_threads_do_not_change_the_bits() -> None:
     one = kernels.attention(q, k, v, np.array([0, 5, 33]), **options)
     assert np.array_equal(one, kernels.attention(q, k, v, np.array([0, 5, 33]), threads=3, **options))
     assert np.array_equal(kernels.silu(q), kernels.silu(q, threads=3))
+
+
+@kernel("void(R(float32, 1), R(float32, 2), int64, int64, int64, int64, float32[::1])")
+def _weighted(weights, rows, first, stop, left, right, out):  # type: ignore[no-untyped-def]
+    weighted_rows(weights, rows, first, stop, left, right, out)
+
+
+@given(st.integers(0, 9), st.integers(1, 150), st.data())
+@settings(deadline=None, max_examples=100)
+def test_weighted_rows_of_any_width(n: int, width: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, n))
+    left = data.draw(st.integers(0, width - 1))
+    right = data.draw(st.integers(left + 1, width))
+    weights, rows = normal(width, n + 1), normal(n, n + 1, width)
+    guarded = np.full(width + 32, 7, dtype=np.float32)
+    _weighted(weights, rows, first, n, left, right, guarded[:width])
+    expected = np.zeros(width, dtype=np.float32)
+    for row in range(first, n):
+        expected = expected + weights[row] * rows[row]
+    assert np.array_equal(guarded[left:right], expected[left:right])
+    assert (guarded[width:] == 7).all()
