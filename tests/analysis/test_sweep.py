@@ -149,6 +149,20 @@ def test_a_row_has_the_figures_of_numpy(tmp_path: Path) -> None:
     assert row["status"] == "LargeDiff"
 
 
+def test_a_row_says_what_decoded_each_side(tmp_path: Path) -> None:
+    """IQ3_S has no kernel of ours: its values are the gguf package's."""
+    x = values(1)
+    teacher, native = put(tmp_path, QUERY, x), put(tmp_path, QUERY, x, "Q4_K")
+    file = tmp_path / "iq3"
+    file.write_bytes(bytes(32 * 110))
+    other = TensorRef(QUERY, QUERY, x.shape, "IQ3_S", file, 0, 32 * 110)
+    decoders = [
+        (row["decoder_a"], row["decoder_b"])
+        for row in (compare_tensor(teacher, native), compare_tensor(teacher, other))
+    ]
+    assert decoders == [("native", "native"), ("native", "gguf")]
+
+
 def test_permuted_rows_are_compared_in_canonical_order(tmp_path: Path) -> None:
     x = values(3, 256)
     canonical = put(tmp_path, "q", x)

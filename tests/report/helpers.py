@@ -50,6 +50,8 @@ def sweep_row(tensor: str, random: np.random.Generator, **changes: Any) -> dict[
         "shape_b": "576" if norm else "576x1536",
         "dtype_a": "F32",
         "dtype_b": "F32" if norm else "Q4_K",
+        "decoder_a": "native",
+        "decoder_b": "native",
         "element_count": elements,
         "compared_count": elements,
         "mean_diff": nmse * 0.1,

@@ -18,6 +18,7 @@ from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.errors import InputError
 from driftscope.kernels.device import Kernels, kernels_on
+from driftscope.kernels.formats import decoder_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -143,6 +144,8 @@ def compare_tensor(
         "shape_b": _shape(b.shape),
         "dtype_a": a.dtype,
         "dtype_b": b.dtype,
+        "decoder_a": decoder_of(a.dtype),
+        "decoder_b": decoder_of(b.dtype),
         "element_count": a.n_elements,
     }
     if a.shape != b.shape:

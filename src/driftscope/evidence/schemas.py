@@ -46,6 +46,8 @@ SWEEP = {
     "shape_b": _text(),
     "dtype_a": _text(),
     "dtype_b": _text(),
+    "decoder_a": _text("native", "gguf"),
+    "decoder_b": _text("native", "gguf"),
     "element_count": _COUNT,
     "compared_count": _COUNT,
     "mean_diff": _NOT_NEGATIVE_OR_NULL,

@@ -87,6 +87,11 @@ def format_of(name: str) -> BlockFormat:
         raise InputError(f"tensor format {name!r} is not known; known are {', '.join(FORMATS)}") from None
 
 
+def decoder_of(name: str) -> str:
+    """What dequantizes the format: ``native``, the kernels here, or ``gguf``, the gguf package."""
+    return "native" if format_of(name).native else "gguf"
+
+
 def row_bytes(name: str, n_columns: int) -> int:
     """Bytes of a row of `n_columns` values; `InputError` where they are not a whole number of blocks."""
     layout = format_of(name)
