@@ -10,14 +10,16 @@ from driftscope.errors import InputError
 from driftscope.falsifiers.reader import EvidenceReader
 
 MEASUREMENTS: dict[str, str] = {
+    "acceptance": "driftscope.falsifiers.acceptance",
     "batch": "driftscope.falsifiers.batch",
     "chain": "driftscope.falsifiers.chain",
     "depth": "driftscope.falsifiers.depth",
+    "dequantizers": "driftscope.falsifiers.dequantizers",
     "grouped_attention": "driftscope.falsifiers.grouped_attention",
     "layer_memory": "driftscope.falsifiers.layer_memory",
     "layer_series": "driftscope.falsifiers.layer_series",
-    "norm": "driftscope.falsifiers.norm",
     "logit_parity": "driftscope.falsifiers.logit_parity",
+    "norm": "driftscope.falsifiers.norm",
     "one_block": "driftscope.falsifiers.one_block",
     "outlier_cost": "driftscope.falsifiers.outlier_cost",
     "outlier_step": "driftscope.falsifiers.outlier_step",
@@ -26,6 +28,8 @@ MEASUREMENTS: dict[str, str] = {
     "rope": "driftscope.falsifiers.rope",
     "scale": "driftscope.falsifiers.scale",
     "softmax": "driftscope.falsifiers.softmax",
+    "sum_order": "driftscope.falsifiers.sum_order",
+    "thread_counts": "driftscope.falsifiers.thread_counts",
     "token_scope": "driftscope.falsifiers.token_scope",
 }
 """Name to module. A module is imported when its measurement is asked for."""
