@@ -59,6 +59,19 @@ def test_without_a_device_auto_is_the_cpu_and_cuda_an_error(
     assert "\n" not in str(raised.value)
 
 
+def test_without_the_compiler_there_is_no_cuda(
+    count: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> tuple[int, int]:
+        raise RuntimeError("Failure finding libnvrtc.so.12\nand more")
+
+    count(1)
+    monkeypatch.setattr(module, "compiler_version", fail)
+    with pytest.raises(InputError, match=r"NVRTC, CUDA's compiler, is missing \(Failure finding") as raised:
+        choose_device("cuda")
+    assert "\n" not in str(raised.value)
+
+
 def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -160,14 +160,23 @@ def why_not_cuda() -> str:
             "whichever CUDA the driver supports (`nvidia-smi` says)"
         )
     try:
-        from driftscope.kernels.cuda.module import device_count
+        from driftscope.kernels.cuda.module import compiler_version, device_count
     except ImportError as error:
         return f"CuPy does not import ({_first_line(error)}); install driftscope[cuda12] or [cuda13] anew"
     try:
         count = device_count()
     except RuntimeError as error:
         return f"no CUDA device answers ({_first_line(error)}); see that `nvidia-smi` lists one"
-    return "" if count else "no CUDA device answers; see that `nvidia-smi` lists one"
+    if not count:
+        return "no CUDA device answers; see that `nvidia-smi` lists one"
+    try:
+        compiler_version()
+    except RuntimeError as error:
+        return (
+            f"NVRTC, CUDA's compiler, is missing ({_first_line(error)}); "
+            "install driftscope[cuda12] or [cuda13] anew"
+        )
+    return ""
 
 
 def kernels_on(device: str, threads: int = 1) -> Kernels:

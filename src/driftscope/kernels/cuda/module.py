@@ -10,6 +10,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.errors import InputError
 from driftscope.kernels.cuda.sources import OPTIONS, Kernel, source
 
 
@@ -31,8 +32,12 @@ class CupyCard:
         return isinstance(array, cupy.ndarray)
 
     def upload(self, array: NDArray[Any]) -> Any:
-        """A copy of an array on the device."""
-        return cupy.asarray(np.ascontiguousarray(array))
+        """A copy of an array on the device.
+
+        Raises:
+            InputError: the device has no room, here and below.
+        """
+        return _room(lambda: cupy.array(np.ascontiguousarray(array)), array.nbytes)
 
     def download(self, array: Any) -> NDArray[Any]:
         """A copy of an array on the host."""
@@ -44,11 +49,11 @@ class CupyCard:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Room on the device."""
-        return cupy.empty(shape, dtype)
+        return _room(lambda: cupy.empty(shape, dtype), int(np.prod(shape)) * np.dtype(dtype).itemsize)
 
     def full(self, shape: tuple[int, ...], value: Any, dtype: Any) -> Any:
         """Room on the device, filled."""
-        return cupy.full(shape, value, dtype)
+        return _room(lambda: cupy.full(shape, value, dtype), int(np.prod(shape)) * np.dtype(dtype).itemsize)
 
     def launch(self, kernel: Kernel, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
         """Run a kernel; arguments are arrays of the device and NumPy scalars of the parameters' types."""
@@ -65,6 +70,20 @@ def _compiled(kernel: Kernel) -> Callable[..., None]:
     return function
 
 
+def _room(make: Callable[[], Any], n_bytes: int) -> Any:
+    try:
+        return make()
+    except cupy.cuda.memory.OutOfMemoryError:
+        # CuPy keeps what was freed, in pieces.
+        cupy.get_default_memory_pool().free_all_blocks()
+    try:
+        return make()
+    except cupy.cuda.memory.OutOfMemoryError:
+        raise InputError(
+            f"device cuda: no room for {n_bytes} bytes more; close what else runs on the card, or use the CPU"
+        ) from None
+
+
 def device_count() -> int:
     """How many devices answer.
 
@@ -72,3 +91,13 @@ def device_count() -> int:
         RuntimeError: there is no driver, or it does not answer.
     """
     return int(cupy.cuda.runtime.getDeviceCount())
+
+
+def compiler_version() -> tuple[int, int]:
+    """Version of NVRTC.
+
+    Raises:
+        RuntimeError: it cannot be loaded.
+    """
+    major, minor = cupy.cuda.nvrtc.getVersion()
+    return int(major), int(minor)
