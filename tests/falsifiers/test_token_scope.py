@@ -16,7 +16,7 @@ from driftscope.analysis.statistic import Statistic
 from driftscope.contracts.loading import load_contract
 from driftscope.errors import InputError
 from driftscope.falsifiers.sampling import Resampling, generator
-from driftscope.falsifiers.token_scope import inputs, scope_metrics, trace_of
+from driftscope.falsifiers.token_scope import inputs, one_pass, scope_metrics, trace_of
 
 RESAMPLING = Resampling(200, 0.95)
 TAPS = ("ffn_swiglu", "ffn_out", "post_ffn_residual")
@@ -130,6 +130,68 @@ def test_layers_with_an_undefined_or_zero_std_are_left_out_and_listed() -> None:
     assert scope_metrics(frame.filter(pl.col("layer") == 1), "t", RESAMPLING) == {}
 
 
+def _cause_verdict(evidence: Traces) -> dict[str, Any]:
+    return verdict(
+        "token-scope", "massive-activation", measured("token-scope", "massive-activation", evidence)
+    )
+
+
+def test_the_first_token_s_massive_activation_is_named_as_the_cause() -> None:
+    document = _cause_verdict(_model(1000.0))
+    assert document["verdict"] == "supported"
+    assert "channel 17 of the first token" in document["found"]
+    # With no massive activation the channel that happens to be largest carries next to nothing.
+    assert _cause_verdict(_model(0.0))["verdict"] == "falsified"
+
+
+def test_a_massive_activation_of_another_token_changes_the_verdict() -> None:
+    frames = []
+    for prompt, tokens in (("two", 7), ("chat", 30)):
+        values = generator(tokens).standard_normal((6, tokens, 64))
+        values[3, 2, 17] = 1000.0
+        frames.append(trace_of(values, prompt, "ffn_swiglu"))
+    evidence = Traces(pl.concat(frames).with_columns(path=pl.lit("teacher.f32"), artifact=pl.lit("teacher")))
+    assert _cause_verdict(evidence)["verdict"] == "falsified"
+
+
+def test_one_pass_is_shown_layer_by_layer_with_causes_and_stages() -> None:
+    values = generator(4).standard_normal((4, 5, 32))
+    values[2, 0, 9] = 300.0
+    frame = pl.concat([trace_of(values, "p", "ffn_swiglu"), trace_of(2.0 * values, "p", "ffn_out")])
+    shown = one_pass(frame, "ffn_swiglu", "p")
+    assert (shown["prompt"], shown["tokens"]) == ("p", 5)
+    for row in shown["layers"]:
+        tensor = values[row["layer"]]
+        assert row["all"] == pytest.approx(tensor.std(ddof=1))
+        assert row["last"] == pytest.approx(tensor[-1].std(ddof=1))
+        assert row["all_over_last"] == pytest.approx(row["all"] / row["last"])
+    largest = shown["largest"]
+    assert largest["layer"] == 2
+    assert (largest["cause"]["position"], largest["cause"]["channel"]) == (0, 9)
+    assert largest["cause"]["value_share"] == pytest.approx(300.0**2 / np.square(values[2]).sum())
+    assert [stage["stage"] for stage in shown["stages"]] == ["ffn_swiglu", "ffn_out"]
+    for stage in shown["stages"]:
+        assert stage["over"] == pytest.approx(values[2].std(ddof=1) / values[1].std(ddof=1))
+    assert one_pass(frame, "ffn_swiglu", "another")["prompt"] == "p"
+    assert one_pass(frame.clear(), "ffn_swiglu", "p") == {"prompt": "", "layers": []}
+
+
+def test_the_published_quotient_is_the_scope_times_the_sides() -> None:
+    figures = measured("token-scope", "token-scope", _model(0.0))["published"]
+    product = figures["same_side_quotient"] * figures["like_for_like"]
+    assert product == pytest.approx(figures["crossed"]["quotient"])
+    assert figures["same_side_refused"] is True
+    assert figures["like_for_like_before"] == 1.245
+    quotients = {item["layer"]: item["scope_quotient"] for item in figures["by_layer"]}
+    assert quotients[3] == pytest.approx(1.2216 / 0.080802)
+    assert max(quotients, key=lambda layer: quotients[layer]) == 3
+    over = {item["stage"]: item["over"] for item in figures["stages"]}
+    # The published layer 3 stands out from the product of gate and up on, 17 and 53 times.
+    assert f"{over['ffn_swiglu']:.1f}" == "17.2"
+    assert f"{over['ffn_out']:.0f}" == "53"
+    assert over["ffn_gate"] < 1.0
+
+
 def test_no_trace_is_not_run() -> None:
     document = verdict("token-scope", "token-scope", measured("token-scope", "token-scope", NOWHERE))
     assert document["verdict"] == "not-run"
@@ -153,7 +215,10 @@ def test_the_published_ratio_is_refused_and_the_like_for_like_one_is_given() -> 
         lambda p: p["published"].pop("layer"),
         lambda p: p["published"]["last_token_b"].pop("27"),
         lambda p: p["published"].update(all_tokens_a={"3": "high"}),
+        lambda p: p["published"].pop("like_for_like_before"),
+        lambda p: p["published"]["stages_a"].pop("2"),
         lambda p: p.update(resamples=3),
+        lambda p: p.pop("prompt"),
         lambda p: p.pop("tap"),
     ],
 )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 SCOPES = ("all", "all-but-first", "last")
+STAGES = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_silu", "ffn_swiglu", "ffn_out")
+"""Taps of a feed-forward in the order in which they run."""
 _GAINS = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _PLANTED_GAIN = 1000.0
 _SYNTHETIC_LAYERS, _SYNTHETIC_TOKENS, _SYNTHETIC_CHANNELS = 12, 7, 512
@@ -39,8 +41,9 @@ def measure(
 
     Args:
         parameters: `path`, whose trace is read; `tap`, the one that the metrics are of; `taps`, those
-            whose figures are shown beside it; `resamples`, `confidence`; `published`, the published
-            layers' std of both sides (see `_published`).
+            whose figures are shown beside it; `prompt`, whose pass is shown layer by layer (the first one
+            where it is not there); `resamples`, `confidence`; `published`, the published tables (see
+            `_published`).
         regimes: name to `least_tokens` and `most_tokens` of the prompts in it.
         seeds: of the synthetic passes of the controls and the domain.
         evidence: the trace.
@@ -50,8 +53,10 @@ def measure(
         over the last, `typical`, the median over layers, `largest_without_first` with the first token left
         out of the numerator (each a factor of at least 1, whichever of the two is larger; geometric means
         over prompts, bootstrap over prompts and layers), `cause`, the layer, token and channel of the
-        largest, and `layers`, the ratio of each layer as it is. `refusal` says whether the ratio across
-        scopes is refused by the type that carries statistics.
+        largest, `first_token_share`, the first token's part of that layer's energy (mean over prompts,
+        bootstrap over prompts), and `layers`, the ratio of each layer as it is with its cause. `pass` is one
+        pass by itself, layer by layer; `refusal` says whether the ratio across scopes is refused by the type
+        that carries statistics.
     """
     name = inputs(parameters)[0]
     if not evidence.has(name):
@@ -59,7 +64,8 @@ def measure(
     resampling = Resampling.of(parameters)
     tap = parameter(parameters, "tap", str)
     taps = [tap, *(other for other in parameters.get("taps", []) if other != tap)]
-    trace = _of_taps(evidence.table(name, "trace"), taps)
+    whole = evidence.table(name, "trace")
+    trace = _of_taps(whole, taps)
     measured: dict[str, Any] = {}
     prompts: dict[str, list[str]] = {}
     for regime, limits in regimes.items():
@@ -75,6 +81,7 @@ def measure(
         "tap": tap,
         "population": _population(trace),
         "refusal": _refusal(trace, tap),
+        "pass": one_pass(whole, tap, parameter(parameters, "prompt", str)),
         "published": _published(parameters),
         "regimes": measured,
         "controls": {
@@ -122,8 +129,14 @@ def scope_metrics(trace: pl.DataFrame, tap: str, resampling: Resampling) -> dict
         "largest_without_first": _as_factor(_largest, logs[:, :, 1], resampling),
         "typical_without_first": _as_factor(_typical, logs[:, :, 1], resampling),
         "cause": _cause(rows, layers[largest]),
+        "first_token_share": _first_token_share(rows, layers[largest], resampling),
         "layers": [
-            {"layer": layer, "all_over_last": rounded(mean[i, 0]), "without_first": rounded(mean[i, 1])}
+            {
+                "layer": layer,
+                "all_over_last": rounded(mean[i, 0]),
+                "without_first": rounded(mean[i, 1]),
+                "cause": _cause(rows, layer),
+            }
             for i, layer in enumerate(layers)
         ],
         "layers_left_out": left_out,
@@ -159,18 +172,104 @@ def _cause(rows: pl.DataFrame, layer: int) -> dict[str, Any]:
     single = part.filter(
         (part["prompt"] == row["prompt"]) & (part["scope"] == "token") & (part["position"] == position)
     )
+    value = row["max"] if abs(row["max"]) >= abs(row["min"]) else row["min"]
+    energy = row["rms"] ** 2 * row["count"]
     share = None
-    if single.height == 1 and row["rms"]:
+    if single.height == 1 and energy:
         token = single.row(0, named=True)
-        share = rounded(token["rms"] ** 2 * token["count"] / (row["rms"] ** 2 * row["count"]))
+        share = rounded(token["rms"] ** 2 * token["count"] / energy)
     return {
         "layer": layer,
         "prompt": row["prompt"],
         "position": position,
         "channel": row["argmax_channel"],
-        "value": rounded(row["max"] if abs(row["max"]) >= abs(row["min"]) else row["min"]),
+        "value": rounded(value),
         "energy_share": share,
+        "value_share": rounded(value**2 / energy) if energy else None,
     }
+
+
+def _first_token_share(rows: pl.DataFrame, layer: int, resampling: Resampling) -> dict[str, float] | None:
+    """Return the first token's part of a layer's energy, mean over prompts; None where it is not traced."""
+    part = rows.filter(rows["layer"] == layer)
+    whole = {
+        row["prompt"]: row["rms"] ** 2 * row["count"]
+        for row in part.filter(part["scope"] == "all").iter_rows(named=True)
+    }
+    first = part.filter((part["scope"] == "token") & (part["position"] == 0)).sort("prompt")
+    shares = [
+        row["rms"] ** 2 * row["count"] / whole[row["prompt"]]
+        for row in first.iter_rows(named=True)
+        if whole.get(row["prompt"])
+    ]
+    return with_interval(_mean, np.array(shares), resampling) if shares else None
+
+
+def _mean(sample: F64) -> F64:
+    mean: F64 = sample.mean(axis=1)
+    return mean
+
+
+def one_pass(trace: pl.DataFrame, tap: str, prompt: str) -> dict[str, Any]:
+    """Show one pass of one path by itself: both stds of every layer, and what causes the larger one.
+
+    Args:
+        trace: rows of the ``trace`` table of one path.
+        tap: op output.
+        prompt: name of the prompt; the first by name where the trace has none of that name.
+
+    Returns:
+        `prompt`, `tokens`; `layers`, for each layer `all`, `last`, their ratio, and the `cause`; `largest`,
+        the layer that departs most; `stages`, the std over all tokens of each stage of that layer's
+        feed-forward and of the layer's before it.
+    """
+    names = sorted(set(trace["prompt"].to_list()))
+    chosen = prompt if prompt in names else next(iter(names), "")
+    part = trace.filter((trace["prompt"] == chosen) & (trace["layer"] >= 0))
+    rows = part.filter(part["tap"] == tap)
+    std = {
+        (row["layer"], row["scope"]): row["std"]
+        for row in rows.filter(rows["scope"].is_in(["all", "last"])).iter_rows(named=True)
+    }
+    layers = []
+    for layer in sorted({layer for layer, _ in std}):
+        pair = std.get((layer, "all")), std.get((layer, "last"))
+        if all(value is not None and np.isfinite(value) and value > 0.0 for value in pair):
+            both = float(pair[0]), float(pair[1])  # type: ignore[arg-type]
+            layers.append(
+                {
+                    "layer": layer,
+                    "all": rounded(both[0]),
+                    "last": rounded(both[1]),
+                    "all_over_last": rounded(both[0] / both[1]),
+                    "cause": _cause(rows, layer),
+                }
+            )
+    shown: dict[str, Any] = {"prompt": chosen, "layers": layers}
+    if layers:
+        largest = max(layers, key=lambda row: abs(np.log(row["all_over_last"])))
+        shown |= {"tokens": rows["token_count"].max(), "largest": largest}
+        shown["stages"] = _stages(part, largest["layer"])
+    return shown
+
+
+def _stages(part: pl.DataFrame, layer: int) -> list[dict[str, Any]]:
+    """Where in the feed-forward a layer parts from the one before it, in std over all tokens."""
+    rows = part.filter((part["scope"] == "all") & part["layer"].is_in([layer - 1, layer]))
+    std = {(row["tap"], row["layer"]): row["std"] for row in rows.iter_rows(named=True)}
+    found = []
+    for stage in STAGES:
+        here, before = std.get((stage, layer)), std.get((stage, layer - 1))
+        if here and before:
+            found.append(
+                {
+                    "stage": stage,
+                    "std": rounded(here),
+                    "before": rounded(before),
+                    "over": rounded(here / before),
+                }
+            )
+    return found
 
 
 def _larger_end() -> pl.Expr:
@@ -238,8 +337,9 @@ def _ratio(above: Statistic, below: Statistic) -> dict[str, Any]:
 def _published(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Form the published ratios from the published std of both sides.
 
-    `published` of the parameters holds `layer`, `channels`, `token_ids`, and the std of ``ffn_swiglu`` by
-    layer: `all_tokens_a`, `last_token_a`, `last_token_b`.
+    `published` of the parameters holds `layer`, `channels`, `token_ids`, the std of ``ffn_swiglu`` by layer
+    (`all_tokens_a`, `last_token_a`, `last_token_b`), `like_for_like_before`, the printed ratio before the
+    fix, and `stages_a`, the std over all tokens of one side's stages by layer.
     """
     given = parameters.get("published")
     if not isinstance(given, Mapping):
@@ -252,7 +352,13 @@ def _published(parameters: Mapping[str, Any]) -> dict[str, Any]:
         )
         pairs = [(at, last_a[at], last_b[at]) for at in sorted(last_a)]
         headline = all_a[layer], last_a[layer], last_b[layer]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        before = float(given["like_for_like_before"])
+        stages = {
+            int(at): {str(stage): float(value) for stage, value in values.items()}
+            for at, values in given["stages_a"].items()
+        }
+        over = {stage: stages[layer][stage] / stages[layer - 1][stage] for stage in stages[layer]}
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"measurement parameter `published` is malformed: {error!r}") from error
 
     def statistic(value: float, scope: str, at: int, path: str) -> Statistic:
@@ -282,8 +388,24 @@ def _published(parameters: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": len(ids),
         "crossed": {"quotient": rounded(headline[0] / headline[2]), **crossed},
         "like_for_like": ratios[layer],
+        "like_for_like_before": before,
         "same_side_quotient": rounded(headline[0] / headline[1]),
-        "by_layer": [{"layer": at, "ratio": ratio} for at, ratio in ratios.items()],
+        "same_side_refused": _ratio(
+            statistic(headline[0], "all", layer, "apr"), statistic(headline[1], "last", layer, "apr")
+        )["refused"],
+        "by_layer": [
+            {
+                "layer": at,
+                "ratio": ratio,
+                "scope_quotient": rounded(all_a[at] / last_a[at]) if at in all_a else None,
+            }
+            for at, ratio in ratios.items()
+        ],
+        "stages": [
+            {"stage": stage, "std": stages[layer][stage], "before": stages[layer - 1][stage]}
+            | {"over": rounded(factor)}
+            for stage, factor in over.items()
+        ],
     }
 
 
