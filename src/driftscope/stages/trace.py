@@ -80,24 +80,18 @@ class Recorder:
 
         op = self._ops[layer, name]
         moments = tap_statistics(array)
+        about = {
+            "capture_point": op.capture_point,
+            "path": self._path,
+            "artifact": self._path.partition(".")[0],
+            "activation_format": self._forward.activation_format(layer, op),
+        }
         for prompt, tokens in prompts:
             for scope, position, part in scopes_of(tokens.stop - tokens.start):
                 first, end = tokens.start + part.start, tokens.start + part.stop
                 pooled = moments.pooled(first, end, origin=tokens.start)
-                self.rows.append(
-                    {
-                        "prompt": prompt,
-                        "layer": layer,
-                        "tap": name,
-                        "scope": scope,
-                        "position": position,
-                        "capture_point": op.capture_point,
-                        "path": self._path,
-                        "artifact": self._path.partition(".")[0],
-                        "activation_format": self._forward.activation_format(layer, op),
-                        **{field: getattr(pooled, field) for field in pooled.__dataclass_fields__},
-                    }
-                )
+                place = {"prompt": prompt, "layer": layer, "tap": name, "scope": scope, "position": position}
+                self.rows.append({**place, **about, **vars(pooled)})
 
 
 def chunk(
