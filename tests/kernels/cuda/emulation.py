@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ class HostCard:
     def _run(
         self, kernel: Kernel, grid: tuple[int, int], threads: int, arguments: Sequence[Any], order: int
     ) -> list[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None:
             self._process = subprocess.Popen(
                 [self._program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
@@ -130,19 +131,19 @@ class HostCard:
             if isinstance(item, np.ndarray):
                 assert item.flags.c_contiguous
                 sizes.append(len(data))
-        try:
+        # Where the program has ended, standard error says why.
+        with contextlib.suppress(BrokenPipeError):
             stdin.write(b"".join(message))
             stdin.flush()
-        except BrokenPipeError:
-            pass
         found = [stdout.read(size) for size in sizes]
         if any(len(data) != size for data, size in zip(found, sizes, strict=True)):
-            raise AssertionError(f"{kernel.name}: {stderr.read().decode()}")
+            said = stderr.read().decode()
+            self.close()
+            raise AssertionError(f"{kernel.name}: {said}")
         return found
 
     def close(self) -> None:
-        """End the program."""
+        """End the program; the next launch starts it anew."""
         if self._process is not None:
-            assert self._process.stdin
-            self._process.stdin.close()
-            self._process.wait()
+            self._process.communicate()
+            self._process = None
