@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers.generic_cpu import on_generic_cpu
 
 from driftscope.errors import InputError
 from driftscope.kernels.activations import QuantizedActivation, quantize_activation
@@ -278,3 +279,14 @@ def test_bad_input_is_an_input_error() -> None:
         quantize_activation(np.zeros((1, 32), np.float32), "q9")
     with pytest.raises(InputError, match="multiple of 256"):
         quantize_activation(np.zeros((1, 288), np.float32), "q8_K")
+
+
+def test_a_plain_processor_gives_the_same_bits() -> None:
+    cases = {name: x for name, x in inputs().items() if name in ("gaussian", "ties", "subnormal scale")}
+    formats = [*INTEGER, "apr_q8k", "f16", "bf16"]
+    calls = {f"{fmt} {name}": (x, fmt) for name, x in cases.items() for fmt in formats}
+    theirs = on_generic_cpu("driftscope.kernels.activations:quantize_activation", calls)
+    for name, (x, fmt) in calls.items():
+        np.testing.assert_array_equal(
+            theirs[name].dequantize(), quantize_activation(x, fmt).dequantize(), name
+        )

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers.generic_cpu import on_generic_cpu
 
-from driftscope.kernels import elementary
+from driftscope.kernels import elementary, forward
 from driftscope.kernels.jit import kernel
 
 
@@ -85,3 +86,17 @@ def test_vectors_and_single_values_are_the_same_bits() -> None:
         alone = all_of(x[i])
         for name in NAMES:
             assert together[name][i] == alone[name][0], name
+
+
+@pytest.mark.parametrize("function", ["silu", "gelu"])
+def test_a_plain_processor_gives_the_same_bits(function: str) -> None:
+    x = np.random.Generator(np.random.Philox(1)).standard_normal(4099).astype(np.float32) * np.float32(20)
+    ours = getattr(forward, function)(x)
+    theirs = on_generic_cpu(f"driftscope.kernels.forward:{function}", {"x": (x,)})
+    assert np.array_equal(ours, theirs["x"])
+
+
+def test_rotary_tables_of_a_plain_processor_have_the_same_bits() -> None:
+    frequencies = np.float32(10000) ** (-np.arange(64, dtype=np.float32) / 64)
+    theirs = on_generic_cpu("driftscope.kernels.forward:rope_tables", {"f": (frequencies, 700)})
+    assert np.array_equal(forward.rope_tables(frequencies, 700), theirs["f"])
