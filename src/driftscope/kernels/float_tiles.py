@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.kernels import float_vectors as vectors
-from driftscope.kernels.float_vectors import DEPTH, LANES, PANELS, WIDTH
+from driftscope.kernels.float_vectors import DEPTH, LANES, WIDTH
 from driftscope.kernels.jit import device, kernel
 
 # How `multiply_floats` is told the format.
@@ -21,6 +21,13 @@ FLOAT_KINDS = {"F32": 0, "BF16": 1, "F16": 2}
 
 _STEP = 8
 _ROW_BLOCK = 16
+# Tiles of tokens that pass over all panels of a block of rows before the next ones do: 120 KiB of x.
+_CHUNK = 20
+
+
+def block_rows(n: int) -> int:
+    """Rows that are decoded before `n` tokens pass over them: many if there are many to pass."""
+    return WIDTH if n < 64 else 4 * WIDTH
 
 
 def pack_tokens(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -29,9 +36,11 @@ def pack_tokens(x: NDArray[np.float32]) -> NDArray[np.float32]:
     A part holds the tiles of tokens one after the other, each ``f32[DEPTH, tokens of the tile]``.
     """
     n, k = x.shape
-    packed = np.zeros((-(-k // DEPTH), n * DEPTH), np.float32)
+    parts = -(-k // DEPTH)
+    # `interleave` writes a little beyond a tile, the next one over that.
+    packed = np.empty(parts * n * DEPTH + _STEP, np.float32)
     _pack(np.ascontiguousarray(x, np.float32), packed)
-    return packed
+    return packed[: parts * n * DEPTH].reshape(parts, n * DEPTH)
 
 
 @device
@@ -46,58 +55,59 @@ def _first(n: int, tile: int) -> int:
     return n * tile // _tiles(n)
 
 
-@kernel("void(R(f4, 2), f4[:,::1])")
+@kernel("void(R(f4, 2), f4[::1])")
 def _pack(x: Any, packed: Any) -> None:
     n, k = x.shape
-    for tile in range(_tiles(n)):
-        first = _first(n, tile)
-        tokens = _first(n, tile + 1) - first
-        for part in range(packed.shape[0]):
-            start = part * DEPTH
-            block = packed[part, first * DEPTH : (first + tokens) * DEPTH]
-            for t in range(tokens):
-                row = x[first + t, start : min(k, start + DEPTH)]
-                for i in range(row.size):
-                    block[i * tokens + t] = row[i]
-
-
-@device
-def _multiply(panel: Any, x: Any, part: int, n: int, sums: Any, count: int) -> None:
-    """Every token over the panels."""
-    if n == 1:
-        vectors.multiply_1x2(panel, x[part], 0, sums, 0, count)
-        return
-    if n == 2:
-        vectors.multiply_2x2(panel, x[part], 0, sums, 0, count)
-        return
-    for p in range(PANELS):
+    for part in range((k + DEPTH - 1) // DEPTH):
+        start = part * DEPTH
+        count = min(DEPTH, k - start)
+        whole = count // _STEP * _STEP
         for tile in range(_tiles(n)):
             first = _first(n, tile)
             tokens = _first(n, tile + 1) - first
-            at, to = first * DEPTH, first * WIDTH + p * LANES
-            if tokens == 6:
-                vectors.multiply_6x1(panel[p], x[part], at, sums, to, count)
-            elif tokens == 5:
-                vectors.multiply_5x1(panel[p], x[part], at, sums, to, count)
-            elif tokens == 4:
-                vectors.multiply_4x1(panel[p], x[part], at, sums, to, count)
-            else:
-                vectors.multiply_3x1(panel[p], x[part], at, sums, to, count)
+            at, to = first * k + start, (part * n + first) * DEPTH
+            for c in range(0, whole, _STEP):
+                vectors.interleave(x, at + c, k, tokens, packed, to + c * tokens)
+            for c in range(whole, count):
+                for t in range(tokens):
+                    packed[to + c * tokens + t] = x[first + t, start + c]
+            packed[to + count * tokens : to + DEPTH * tokens] = 0
 
 
 @device
-def _clear(sums: Any) -> None:
-    for t in range(sums.shape[0]):
-        for r in range(WIDTH):
-            sums[t, r] = 0.0
+def _multiply(panels: Any, used: int, x: Any, part: int, n: int, sums: Any, count: int) -> None:
+    """Every token over the panels, a chunk of tokens at a time: it stays in the second-level cache."""
+    if n == 1:
+        vectors.multiply_1x2(panels, x[part], 0, sums, 0, count)
+        return
+    if n == 2:
+        vectors.multiply_2x2(panels, x[part], 0, sums, 0, count)
+        return
+    tiles = _tiles(n)
+    for chunk in range(0, tiles, _CHUNK):
+        for p in range(used):
+            for tile in range(chunk, min(tiles, chunk + _CHUNK)):
+                first = _first(n, tile)
+                tokens = _first(n, tile + 1) - first
+                at, to = first * DEPTH, (p * n + first) * LANES
+                if tokens == 6:
+                    vectors.multiply_6x1(panels[p], x[part], at, sums, to, count)
+                elif tokens == 5:
+                    vectors.multiply_5x1(panels[p], x[part], at, sums, to, count)
+                elif tokens == 4:
+                    vectors.multiply_4x1(panels[p], x[part], at, sums, to, count)
+                else:
+                    vectors.multiply_3x1(panels[p], x[part], at, sums, to, count)
 
 
 @device
 def _store(sums: Any, n_rows: int, out: Any, to: int) -> None:
     for t in range(out.shape[0]):
-        row = out[t, to : to + n_rows]
-        for r in range(n_rows):
-            row[r] = sums[t, r]
+        for r in range(0, n_rows, LANES):
+            lanes = sums[r // LANES, t]
+            row = out[t, to + r : to + n_rows]
+            for lane in range(min(LANES, n_rows - r)):
+                row[lane] = lanes[lane]
 
 
 @device
@@ -120,7 +130,7 @@ def _scales_of(scales: Any, d: Any, row: int, first: int, count: int, per_block:
 
 @kernel(
     "void(f4[:,::1], int64, int8[:,::1], int8[:,::1], int8[:,::1], f4[:,::1], f4[:,::1],"
-    " int64, int64, int64, int64, f4[:,::1], int64)"
+    " int64, int64, int64, int64, int64, f4[:,::1], int64)"
 )
 def multiply_unpacked(
     x: Any,
@@ -133,50 +143,61 @@ def multiply_unpacked(
     sub_block: int,
     block: int,
     offset: int,
+    rows_a_block: int,
     n_rows: int,
     out: Any,
     to: int,
 ) -> None:
     """Columns ``to .. to + n_rows`` of `out` from unpacked rows (`driftscope.kernels.unpack`).
 
-    `x` is `pack_tokens` of `n` rows of activations. The arrays of rows have room for a multiple of
-    WIDTH rows; `offset` is 0, 1 or 2: nothing, minus, plus the minimum.
+    `x` is `pack_tokens` of `n` rows of activations, and `rows_a_block` `block_rows` of `n`. The arrays of
+    rows have room for a multiple of WIDTH rows; `offset` is 0, 1 or 2: nothing, minus, plus the minimum.
     """
     k = quants.shape[1]
     per_block = block // sub_block
-    sums = np.empty((n, WIDTH), np.float32)
-    panel = np.empty((PANELS, DEPTH, LANES), np.float32)
+    sums = np.empty((rows_a_block // LANES, n, LANES), np.float32)
+    panels = np.empty((rows_a_block // LANES, DEPTH, LANES), np.float32)
     scale = np.empty((DEPTH // _ROW_BLOCK, WIDTH), np.float32)
     shift = np.zeros((DEPTH // _ROW_BLOCK, WIDTH), np.float32)
-    for row in range(0, n_rows, WIDTH):
-        _clear(sums)
+    for first in range(0, n_rows, rows_a_block):
+        end = min(n_rows, first + rows_a_block)
+        sums[:] = 0
         for part in range(x.shape[0]):
             start = part * DEPTH
             count = min(DEPTH, k - start)
             subs = count // sub_block
-            _scales_of(scales, d, row, start // sub_block, subs, per_block, scale)
-            if offset:
-                _scales_of(mins, dmin, row, start // sub_block, subs, per_block, shift)
-            for eight in range(0, WIDTH, _STEP):
-                lane = eight // LANES * DEPTH * LANES + eight % LANES
-                for c in range(0, count, _ROW_BLOCK):
-                    at, to_lane = (row + eight) * k + start + c, lane + c * LANES
-                    s = c // sub_block * WIDTH + eight
-                    if offset == 0:
-                        vectors.spread_quants(quants, at, k, scale, shift, s, panel, to_lane)
-                    elif offset == 1:
-                        vectors.spread_quants_subtract(quants, at, k, scale, shift, s, panel, to_lane)
-                    else:
-                        vectors.spread_quants_add(quants, at, k, scale, shift, s, panel, to_lane)
-            _multiply(panel, x, part, n, sums, count)
-        _store(sums, min(WIDTH, n_rows - row), out, to + row)
+            for row in range(first, end, WIDTH):
+                _scales_of(scales, d, row, start // sub_block, subs, per_block, scale)
+                if offset:
+                    _scales_of(mins, dmin, row, start // sub_block, subs, per_block, shift)
+                for eight in range(0, WIDTH, _STEP):
+                    lane = _place(row - first + eight)
+                    for c in range(0, count, _ROW_BLOCK):
+                        at, to_lane = (row + eight) * k + start + c, lane + c * LANES
+                        s = c // sub_block * WIDTH + eight
+                        if offset == 0:
+                            vectors.spread_quants(quants, at, k, scale, shift, s, panels, to_lane)
+                        elif offset == 1:
+                            vectors.spread_quants_subtract(quants, at, k, scale, shift, s, panels, to_lane)
+                        else:
+                            vectors.spread_quants_add(quants, at, k, scale, shift, s, panels, to_lane)
+            _multiply(panels, (end - first + LANES - 1) // LANES, x, part, n, sums, count)
+        _store(sums, end - first, out, to + first)
 
 
 @device
-def _spread_floats(raw: Any, at: int, step: int, kind: int, size: int, count: int, panel: Any) -> None:
-    """WIDTH rows that are `step` bytes apart, from byte `at`, to the panels."""
+def _place(row: int) -> int:
+    """Where in the panels the first column of a row is."""
+    return row // LANES * DEPTH * LANES + row % LANES
+
+
+@device
+def _spread_floats(
+    raw: Any, at: int, step: int, kind: int, size: int, count: int, panel: Any, row: int
+) -> None:
+    """WIDTH rows that are `step` bytes apart, from byte `at`, to the panels from row `row` on."""
     for eight in range(0, WIDTH, _STEP):
-        lane = eight // LANES * DEPTH * LANES + eight % LANES
+        lane = _place(row + eight)
         for c in range(0, count, _STEP):
             source, to = at + eight * step + c * size, lane + c * LANES
             if kind == 0:
@@ -213,35 +234,41 @@ def _multiply_one(x: Any, raw: Any, kind: int, first: int, end: int, out: Any) -
     return row
 
 
-@kernel("void(f4[:,::1], int64, R(uint8, 2), int64, int64, int64, f4[:,::1])")
-def multiply_floats(x: Any, n: int, raw: Any, kind: int, first: int, end: int, out: Any) -> None:
+@kernel("void(f4[:,::1], int64, R(uint8, 2), int64, int64, int64, int64, f4[:,::1])")
+def multiply_floats(
+    x: Any, n: int, raw: Any, kind: int, rows_a_block: int, first: int, end: int, out: Any
+) -> None:
     """Columns ``first .. end`` of `out` from these rows of stored f32, bf16 or f16 (`kind` 0, 1, 2).
 
-    `x` is `pack_tokens` of `n` rows of activations, `raw` is uint8[rows, columns * 4 or 2].
+    `x` is `pack_tokens` of `n` rows of activations, `rows_a_block` `block_rows` of `n`, `raw`
+    uint8[rows, columns * 4 or 2].
     """
     step = raw.shape[1]
     size = 2 if kind else 4
     k = step // size
-    sums = np.empty((n, WIDTH), np.float32)
-    panel = np.empty((PANELS, DEPTH, LANES), np.float32)
+    sums = np.empty((rows_a_block // LANES, n, LANES), np.float32)
+    panels = np.empty((rows_a_block // LANES, DEPTH, LANES), np.float32)
     # Fewer than WIDTH rows or a number of columns that is not a multiple of eight are filled up with zeros.
     padded = np.zeros((WIDTH, DEPTH * size), np.uint8)
     if n == 1:
         first = _multiply_one(x.reshape(-1), raw, kind, first, end, out)
-    for row in range(first, end, WIDTH):
-        n_rows = min(WIDTH, end - row)
-        _clear(sums)
+    for block in range(first, end, rows_a_block):
+        block_end = min(end, block + rows_a_block)
+        sums[:] = 0
         for part in range(x.shape[0]):
             start = part * DEPTH
             count = min(DEPTH, k - start)
-            if n_rows == WIDTH and count % _STEP == 0:
-                _spread_floats(raw, row * step + start * size, step, kind, size, count, panel)
-            else:
+            for row in range(block, block_end, WIDTH):
+                n_rows = min(WIDTH, block_end - row)
+                if n_rows == WIDTH and count % _STEP == 0:
+                    at = row * step + start * size
+                    _spread_floats(raw, at, step, kind, size, count, panels, row - block)
+                    continue
                 for r in range(n_rows):
                     padded[r, : count * size] = raw[row + r, start * size : (start + count) * size]
                 for r in range(WIDTH):
                     padded[r, count * size :] = 0
-                count += count & 1
-                _spread_floats(padded, 0, DEPTH * size, kind, size, count, panel)
-            _multiply(panel, x, part, n, sums, count)
-        _store(sums, n_rows, out, row)
+                _spread_floats(padded, 0, DEPTH * size, kind, size, count, panels, row - block)
+            used = (block_end - block + LANES - 1) // LANES
+            _multiply(panels, used, x, part, n, sums, count + (count & 1))
+        _store(sums, block_end - block, out, block)

@@ -104,7 +104,7 @@ def _multiply(tokens: int, panels: int) -> Any:
             total = _pointer(context, builder, signature.args[3], sums, to)
             vectors = [p * DEPTH * LANES + h * _EIGHT for p in range(panels) for h in range(2)]
             places = [
-                builder.gep(total, [zero.type(t * WIDTH + p * LANES + h * _EIGHT)])
+                builder.gep(total, [zero.type((p * tokens + t) * LANES + h * _EIGHT)])
                 for t in range(tokens)
                 for p in range(panels)
                 for h in range(2)
@@ -134,8 +134,8 @@ def _multiply(tokens: int, panels: int) -> Any:
 
 
 # ``sums[t, r] += x[x_at + k * tokens + t] * panel[r // LANES, k, r % LANES]`` for k = 0 .. count - 1, in this
-# order, each product and each sum rounded to f32; `panel` is f32[.., DEPTH, LANES], `sums` f32[.., WIDTH]
-# from its element `to`, `count` is even and at least 2. Named after the number of tokens and of panels.
+# order, each product and each sum rounded to f32. `panel` is f32[panels, DEPTH, LANES]; `sums`, from its
+# element `to` on, f32[panels, tokens, LANES]; `count` is even and at least 2. Named after tokens and panels.
 multiply_1x2 = _multiply(1, 2)
 multiply_2x2 = _multiply(2, 2)
 multiply_3x1 = _multiply(3, 1)
@@ -357,6 +357,32 @@ def _widen(convert: Any) -> Any:
 # ``out[to + i]`` = the number at byte ``at + 2 * i`` of `raw`, for eight of them, NaNs bit for bit.
 widen_bf16 = _widen(_bfloat)
 widen_f16 = _widen(_exact_half)
+
+
+@intrinsic
+def interleave(_context: Any, x: Any, at: Any, step: Any, tokens: Any, out: Any, to: Any) -> Any:
+    """``out[to + c * tokens + t] = x[at + t * step + c]`` for `tokens` t, at most eight, and eight columns c.
+
+    The ``8 - tokens`` elements of `out` after those are overwritten.
+    """
+    size = types.intp
+    result = types.void(x, size, size, size, out, size)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, at, step, tokens, out, to = arguments
+        source = _pointer(context, builder, signature.args[0], x, at)
+        last = builder.sub(tokens, tokens.type(1))
+        rows = []
+        for t in range(_EIGHT):
+            row = tokens.type(t)
+            row = builder.select(builder.icmp_signed("<", row, last), row, last)
+            rows.append(_load(builder, builder.gep(source, [builder.mul(step, row)]), _FLOATS, 4))
+        target = _pointer(context, builder, signature.args[4], out, to)
+        for c, column in enumerate(_transposed_floats(builder, rows)):
+            _store(builder, column, builder.gep(target, [builder.mul(tokens, tokens.type(c))]), 4)
+        return context.get_dummy_value()
+
+    return result, generate
 
 
 # ``panel[to + c * LANES + r]`` = the number at byte ``at + r * step + c * size`` of `raw`, for eight rows r

@@ -12,10 +12,17 @@ from numpy.typing import NDArray
 
 from driftscope.errors import InputError
 from driftscope.kernels.activations import RoundedActivation, quantize_activation
-from driftscope.kernels.dequantize import OFFSETS, SLAB_VALUES, dequantize, slab_rows
-from driftscope.kernels.float_tiles import FLOAT_KINDS, WIDTH, multiply_floats, multiply_unpacked, pack_tokens
+from driftscope.kernels.dequantize import OFFSETS, SLAB_VALUES, dequantize
+from driftscope.kernels.float_tiles import (
+    FLOAT_KINDS,
+    WIDTH,
+    block_rows,
+    multiply_floats,
+    multiply_unpacked,
+    pack_tokens,
+)
 from driftscope.kernels.formats import BlockFormat, format_of, row_columns
-from driftscope.kernels.integer_tiles import Blocks, IntegerPanels, IntegerRows, multiply_integer_panels
+from driftscope.kernels.integer_matmul import multiply_integers
 from driftscope.kernels.parallel import over_rows
 from driftscope.kernels.unpack import UnpackedRows, check_raw
 
@@ -77,10 +84,10 @@ def _floats(x: NDArray[np.float32], raw: NDArray[np.uint8], dtype: str, threads:
     out = np.empty((x.shape[0], raw.shape[0]), np.float32)
     if not x.shape[0]:
         return out
-    packed, kind = pack_tokens(x), FLOAT_KINDS[dtype]
+    packed, kind, rows_a_block = pack_tokens(x), FLOAT_KINDS[dtype], block_rows(x.shape[0])
 
     def work(first: int, end: int) -> None:
-        multiply_floats(packed, x.shape[0], raw, kind, first, end, out)
+        multiply_floats(packed, x.shape[0], raw, kind, rows_a_block, first, end, out)
 
     over_rows(work, raw.shape[0], threads=threads, grain=WIDTH)
     return out
@@ -96,7 +103,8 @@ def _blocks(
     if not x.shape[0]:
         return out
     packed = pack_tokens(x)
-    slab = max(1, SLAB_VALUES // max(1, n_columns) // WIDTH) * WIDTH
+    rows_a_block = block_rows(x.shape[0])
+    slab = max(1, SLAB_VALUES // max(1, n_columns) // rows_a_block) * rows_a_block
 
     def work(first: int, end: int) -> None:
         rows = UnpackedRows.empty(layout, min(slab, -(-(end - first) // WIDTH) * WIDTH), n_columns)
@@ -105,7 +113,8 @@ def _blocks(
             rows.fill(raw, start, stop)
             multiply_unpacked(
                 *(packed, x.shape[0], rows.quants, rows.scales, rows.mins, rows.d, rows.dmin),
-                *(layout.sub_block, layout.block_size, OFFSETS[layout.offset], stop - start, out, start),
+                *(layout.sub_block, layout.block_size, OFFSETS[layout.offset]),
+                *(rows_a_block, stop - start, out, start),
             )
 
     over_rows(work, raw.shape[0], threads=threads, grain=WIDTH)
@@ -157,21 +166,4 @@ def matmul_quantized(
     if not layout.is_integer:
         raise InputError(f"there is no integer dot product of {dtype} weights with {quantized.format}")
     raw, _ = check_raw(raw, dtype)
-    shared = Blocks.of(layout, quantized)
-    panels = IntegerPanels.of(quantized, shared)
-    out = np.empty((x.shape[0], raw.shape[0]), np.float32)
-    slab = slab_rows(n_columns)
-
-    def work(first: int, end: int) -> None:
-        rows = IntegerRows.empty(layout, shared, min(slab, end - first), n_columns)
-        for start in range(first, end, slab):
-            stop = min(end, start + slab)
-            rows.fill(raw, start, stop)
-            multiply_integer_panels(
-                *(panels.quants, panels.extras, panels.d, panels.s),
-                *(rows.quants, rows.extras, rows.d, rows.dmin),
-                *(layout.offset != "none", stop - start, out, start),
-            )
-
-    over_rows(work, raw.shape[0], threads=threads, grain=slab)
-    return out
+    return multiply_integers(quantized, raw, layout, threads=threads)
