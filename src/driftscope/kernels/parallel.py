@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+
+# Threads are kept from call to call: a product with one token takes less time than starting a thread.
+_pool: ThreadPoolExecutor | None = None
+_size = 0
 
 
 def over_rows(work: Callable[[int, int], None], n_rows: int, *, threads: int = 1, grain: int = 1) -> None:
@@ -17,7 +23,7 @@ def over_rows(work: Callable[[int, int], None], n_rows: int, *, threads: int = 1
     Args:
         work: called from several threads at once where `threads` > 1; should release the GIL.
         n_rows: number of rows.
-        threads: number of threads; 1 calls `work` once, in this thread.
+        threads: number of threads, this one included; 1 calls `work` once, in this thread.
         grain: rows are not split more finely than this.
     """
     n_grains = -(-n_rows // grain)
@@ -27,6 +33,42 @@ def over_rows(work: Callable[[int, int], None], n_rows: int, *, threads: int = 1
             work(0, n_rows)
         return
     edges = [min(n_rows, grain * (n_grains * i // n_ranges)) for i in range(n_ranges + 1)]
-    with ThreadPoolExecutor(min(threads, n_ranges)) as pool:
-        for done in [pool.submit(work, first, end) for first, end in pairwise(edges)]:
-            done.result()
+    ranges = deque(pairwise(edges))
+
+    def take() -> None:
+        while True:
+            try:
+                first, end = ranges.popleft()
+            except IndexError:
+                return
+            work(first, end)
+
+    helpers = min(threads, n_ranges) - 1
+    pool = _threads(helpers)
+    others = [pool.submit(take) for _ in range(helpers)]
+    try:
+        take()
+    finally:
+        # Whoever has not begun by now has nothing left to do.
+        running = [other for other in others if not other.cancel()]
+        errors = [other.exception() for other in running]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    global _pool, _size
+    if _pool is None or _size < count:
+        _size = max(count, os.cpu_count() or 1)
+        _pool = ThreadPoolExecutor(_size, thread_name_prefix="driftscope")
+    return _pool
+
+
+def _forget() -> None:
+    global _pool, _size
+    _pool, _size = None, 0
+
+
+# A child process has none of its parent's threads.
+os.register_at_fork(after_in_child=_forget)
