@@ -24,5 +24,5 @@ def test_every_registered_measurement_is_bound_by_a_contract() -> None:
 
 
 def test_an_unknown_measurement_is_named() -> None:
-    with pytest.raises(InputError, match="`nothing` is not registered; known are .*chain"):
+    with pytest.raises(InputError, match=r"`nothing` is not registered; known are .*chain"):
         measurement_module("nothing")

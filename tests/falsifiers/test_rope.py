@@ -11,6 +11,7 @@ from tests.falsifiers.registered import NOWHERE, measured, verdict
 
 from driftscope.errors import InputError
 from driftscope.falsifiers import rope
+from driftscope.kernels.reference import published
 
 PARAMETERS = {
     "head": 8, "base": 10000.0, "positions": 64, "draws": 16, "resamples": 100, "confidence": 0.9,
@@ -30,6 +31,8 @@ def test_the_published_figure_comes_out_and_could_not_have_been_another(measurem
     figures = measurement["published"]
     assert f"{figures['amplification']:.2f}" == "1.00"
     assert f"{figures['input_percent']:.3f}" == "0.077"
+    before, behind = published.rope_drift()
+    assert figures["amplification"] == pytest.approx(behind / before, rel=1e-3)
     assert figures["query_unchanged_at_position_0"]
     assert figures["cases"] == 98
     assert figures["farthest_from_one"] < 0.005

@@ -11,6 +11,7 @@ from driftscope.falsifiers.reader import EvidenceReader
 from driftscope.falsifiers.sampling import F64, Resampling, generator, parameter, rounded, with_interval
 from driftscope.falsifiers.super_block import F32
 from driftscope.kernels.forward import attention_softmax
+from driftscope.kernels.reference import published
 
 _DRIFT = 0.00077
 _GAPS = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
@@ -157,8 +158,7 @@ def _published() -> dict[str, Any]:
     logits = np.array(_PUBLISHED, np.float32)
     moved = logits.copy()
     moved[_PUBLISHED_INDEX] += np.float32(_PUBLISHED_DRIFT)
-    given = float(_l1((moved.astype(np.float64) - logits)[None])[0] / _l1(logits[None])[0])
-    behind = float(_l1((_published_softmax(moved).astype(np.float64) - _published_softmax(logits))[None])[0])
+    given, behind = published.softmax_drift()
     exact = float(_l1(_probabilities(moved[None]) - _probabilities(logits[None]))[0])
     by_shift = []
     for shift in _SHIFTS:
@@ -173,13 +173,3 @@ def _published() -> dict[str, Any]:
         "top_probability": rounded(float(_probabilities(logits[None])[0, _PUBLISHED_INDEX])),
         "by_shift": by_shift,
     }
-
-
-def _published_softmax(logits: F32) -> F32:
-    """Powers rounded to f32, summed and divided in f32."""
-    powers = np.exp((logits - logits.max()).astype(np.float64)).astype(np.float32)
-    total = np.float32(0.0)
-    for power in powers:
-        total += power
-    probabilities: F32 = powers / total
-    return probabilities
