@@ -30,6 +30,8 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
             return int(answer)
 
         monkeypatch.setattr(module, "device_count", device_count)
+        monkeypatch.setattr(module, "compute_capability", lambda: (9, 0))
+        monkeypatch.setattr(module, "compiler_version", lambda: (12, 9))
 
     return set_answer
 
@@ -57,6 +59,14 @@ def test_without_a_device_auto_is_the_cpu_and_cuda_an_error(
     with pytest.raises(InputError, match="no CUDA device answers") as raised:
         choose_device("cuda")
     assert "\n" not in str(raised.value)
+
+
+def test_an_old_card_is_not_taken(count: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    count(1)
+    monkeypatch.setattr(module, "compute_capability", lambda: (7, 5))
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(InputError, match=r"compute capability 7\.5; expected 8\.0 or later"):
+        choose_device("cuda")
 
 
 def test_without_the_compiler_there_is_no_cuda(

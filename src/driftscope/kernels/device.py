@@ -21,6 +21,9 @@ Request = Literal["cpu", "auto", "cuda"]
 REQUESTS: tuple[str, ...] = get_args(Request)
 """``cpu``; ``cuda``; or ``auto``: ``cuda`` where a device answers, else ``cpu``."""
 
+# The first that multiplies 32 int8 at a time on its tensor cores.
+_OLDEST = 8
+
 Array = Any
 """A NumPy array, or one of the device that the kernels run on."""
 
@@ -160,7 +163,7 @@ def why_not_cuda() -> str:
             "whichever CUDA the driver supports (`nvidia-smi` says)"
         )
     try:
-        from driftscope.kernels.cuda.module import compiler_version, device_count
+        from driftscope.kernels.cuda.module import compiler_version, compute_capability, device_count
     except ImportError as error:
         return f"CuPy does not import ({_first_line(error)}); install driftscope[cuda12] or [cuda13] anew"
     try:
@@ -169,6 +172,9 @@ def why_not_cuda() -> str:
         return f"no CUDA device answers ({_first_line(error)}); see that `nvidia-smi` lists one"
     if not count:
         return "no CUDA device answers; see that `nvidia-smi` lists one"
+    major, minor = compute_capability()
+    if major < _OLDEST:
+        return f"the card has compute capability {major}.{minor}; expected {_OLDEST}.0 or later"
     try:
         compiler_version()
     except RuntimeError as error:

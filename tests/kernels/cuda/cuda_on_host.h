@@ -68,6 +68,38 @@ inline unsigned __ballot_sync(unsigned mask, bool holds) {
     return result;
 }
 
+inline int byte_of(uint32_t word, int i) { return static_cast<signed char>(word >> 8 * i & 255u); }
+
+// The tensor cores' products, from the words that all threads of the warp hold (PTX ISA, "Matrix Fragments for
+// mma.m16n8k32" and "... m16n8k16").
+template <int SIXTEENS>
+inline void add_product(int (&c)[4], const uint32_t (&a)[2 * SIXTEENS], const uint32_t (&b)[SIXTEENS]) {
+    uint32_t all[3 * SIXTEENS][32];
+    for (int word = 0; word < 3 * SIXTEENS; word++) {
+        const uint64_t* row = exchange(0xFFFFFFFFu, word < 2 * SIXTEENS ? a[word] : b[word - 2 * SIXTEENS]);
+        for (int lane = 0; lane < 32; lane++) all[word][lane] = static_cast<uint32_t>(row[lane]);
+    }
+    const int group = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
+    for (int output = 0; output < 4; output++) {
+        const int column = 2 * place + output % 2;
+        int total = c[output];
+        for (int k = 0; k < 16 * SIXTEENS; k++) {
+            // Words of a: for each 16 of the depth, that of the upper row, then that of the lower.
+            const int word = k / 16 * 2 + output / 2, lane = k % 16 / 4;
+            total += byte_of(all[word][4 * group + lane], k % 4) *
+                     byte_of(all[2 * SIXTEENS + k / 16][4 * column + lane], k % 4);
+        }
+        c[output] = total;
+    }
+}
+inline void add_product_of_32(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    add_product<2>(c, a, b);
+}
+inline void add_product_of_16(int (&c)[4], uint32_t upper, uint32_t lower, uint32_t b) {
+    const uint32_t a[2] = {upper, lower}, only[1] = {b};
+    add_product<1>(c, a, only);
+}
+
 inline int __dp4a(int a, int b, int sum) {
     unsigned total = static_cast<unsigned>(sum);
     for (int shift = 0; shift < 32; shift += 8) {

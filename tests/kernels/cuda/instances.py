@@ -33,4 +33,5 @@ def _chosen(kernel: Kernel) -> bool:
     if name == "multiply":
         return arguments[2] == "64"
     own_size = arguments[1] == str(FORMATS[dtype].block_size)
-    return own_size and (name == "dot_tiles" or arguments[3] == "1")
+    # One token, or tiles of 32: the tests have 17 where they have many.
+    return own_size and arguments[3] == ("1" if name == "dot_rows" else "2")

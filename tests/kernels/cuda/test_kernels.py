@@ -218,10 +218,11 @@ def test_integer_product_of_any_pair(kernels: CudaKernels, dtype: str, activatio
     same_bits(found, matmul.matmul_quantized(x, raw, dtype, activation=activation))
 
 
-@pytest.mark.parametrize("n", [1, 17, 70])
-def test_integer_product_over_several_tiles(kernels: CudaKernels, n: int) -> None:
-    raw, x = random_rows("Q4_1", 70, 1056, 3), activation_of(n, 1056, 4)
-    same_bits(kernels.matmul_quantized(x, raw, "Q4_1"), matmul.matmul_quantized(x, raw, "Q4_1"))
+@pytest.mark.parametrize(("dtype", "columns"), [("Q4_1", 1056), ("Q6_K", 768), ("Q4_K", 768)])
+@pytest.mark.parametrize("n", [1, 9, 17, 70])
+def test_integer_product_over_several_tiles(kernels: CudaKernels, dtype: str, columns: int, n: int) -> None:
+    raw, x = random_rows(dtype, 70, columns, 3), activation_of(n, columns, 4)
+    same_bits(kernels.matmul_quantized(x, raw, dtype), matmul.matmul_quantized(x, raw, dtype))
 
 
 @pytest.mark.parametrize("dtype", NATIVE)
@@ -415,10 +416,10 @@ def test_rope(kernels: CudaKernels, n: int, heads: int, half: int, seed: int, in
 def test_gates(kernels: CudaKernels, seed: int, size: float, kind: str) -> None:
     with np.errstate(over="ignore"):
         gate, up = activation_of(3, 300, seed, kind) * np.float32(size), activation_of(3, 300, seed + 1)
-    for name in ("silu", "gelu"):
-        same_bits(getattr(kernels, name)(gate), getattr(forward, name)(gate))
-    for name in ("swiglu", "geglu"):
-        same_bits(getattr(kernels, name)(gate, up), getattr(forward, name)(gate, up))
+        for name in ("silu", "gelu"):
+            same_bits(getattr(kernels, name)(gate), getattr(forward, name)(gate))
+        for name in ("swiglu", "geglu"):
+            same_bits(getattr(kernels, name)(gate, up), getattr(forward, name)(gate, up))
 
 
 @FEW

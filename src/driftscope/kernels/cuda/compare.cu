@@ -71,8 +71,8 @@ __device__ inline double expected_energy(const u8* row, i64 column, const float 
 // tallies i64[slabs, 9] are laid out as `driftscope.kernels.compare` pools them.
 template <class A, class B, int KIND, int COUNT>
 __global__ void __launch_bounds__(THREADS)
-    compare(const u8* a, const i64* rows_a, const u8* b, const i64* rows_b, const double* cells, i64 n_rows, u32 columns,
-            u32 slab, double* figures, i64* tallies) {
+    compare(const u8* a, const i64* rows_a, const u8* b, const i64* rows_b, const double* cells, i64 n_rows,
+            u32 columns, u32 slab, double* figures, i64* tallies) {
     __shared__ u32 first_finite;
     __shared__ double shifts[2];
     __shared__ Partial partials[WARPS];

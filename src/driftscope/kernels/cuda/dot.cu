@@ -5,6 +5,7 @@
 // as driftscope/kernels/matmul.py says. The sums are exact, so lanes may share them; the chain of a total belongs
 // to one thread, or to all lanes of a warp alike.
 #include "formats.cuh"
+#include "tensor_cores.cuh"
 
 // 32 values are the unit of work: at most two sub-blocks.
 constexpr int UNIT = 32, WORDS = UNIT / 4, HALVES = UNIT / 16;
@@ -129,55 +130,60 @@ __global__ void dot_rows(const u8* raw, const i8* quants, const i16* sums, const
         if (lane == 0 && first_token + t < x.n) out[static_cast<i64>(first_token + t) * rows + row] = totals[t];
 }
 
-// For many tokens: a tile of TILE rows and TILE tokens, unit after unit through shared memory. A thread has
-// EACH x EACH outputs, SIDE apart.
-constexpr int TILE = 64, EACH = 4, SIDE = TILE / EACH;
-// Twelve words from row to row: eight rows' 16-byte loads then fall into different banks.
+// For many tokens, on the tensor cores: a tile of TILE rows and TOKENS tokens, unit after unit through shared memory.
+// Warps stand 4 x 2 over the tile, each with 16 rows and PARTS products of 16 x 8. A thread has two rows and, of
+// each product, two tokens; the chains of these outputs are its own.
+constexpr int THREADS = 256, TILE = 64;
+// Twelve words from row to row: the words that a warp reads together fall into different banks.
 constexpr int STRIDE = 12;
-constexpr int LOADS = TILE * WORDS / (SIDE * SIDE);
 
-template <class F, int SIZE, bool SUMMED>
-__global__ void __launch_bounds__(SIDE * SIDE, 2)
-    dot_tiles(const u8* raw, const i8* quants, const i16* sums, const float* d, const float* s, int n, int k, int x_block,
-              int rows, float* out) {
+template <class F, int SIZE, bool SUMMED, int PARTS>
+__global__ void __launch_bounds__(THREADS, 2)
+    dot_tiles(const u8* raw, const i8* quants, const i16* sums, const float* d, const float* s, int n, int k,
+              int x_block, int rows, float* out) {
+    constexpr int SUBS = Unit<F>::SUBS, TOKENS = 16 * PARTS;
+    constexpr int W_LOADS = TILE * WORDS / THREADS, X_LOADS = (TOKENS * WORDS + THREADS - 1) / THREADS;
     const Activation x = {quants, sums, d, s, n, k, x_block};
-    constexpr int SUBS = Unit<F>::SUBS;
-    alignas(16) __shared__ u32 w_quants[TILE][STRIDE];
-    alignas(16) __shared__ u32 x_quants[TILE][STRIDE];
-    __shared__ int w_scales[TILE][SUBS], w_mins[TILE][SUBS], x_sums[TILE][HALVES];
-    __shared__ float w_d[TILE], w_dmin[TILE], x_d[TILE], x_s[TILE];
-    const int thread = threadIdx.x, down = thread % SIDE, across = thread / SIDE;
-    const int first_row = blockIdx.x * TILE, first_token = blockIdx.y * TILE;
+    __shared__ u32 w_quants[TILE][STRIDE], x_quants[TOKENS][STRIDE];
+    __shared__ int w_scales[TILE][SUBS], w_mins[TILE][SUBS], x_sums[TOKENS][HALVES];
+    __shared__ float w_d[TILE], w_dmin[TILE], x_d[TOKENS], x_s[TOKENS];
+    const int thread = threadIdx.x, warp = thread / WARP, group = thread % WARP / 4, place = thread % 4;
+    const int row_of_warp = warp % 4 * 16, token_of_warp = warp / 4 * 8 * PARTS;
+    const int first_row = blockIdx.x * TILE, first_token = blockIdx.y * TOKENS;
     const int units = x.k / UNIT;
     const i64 stride = row_bytes<F>(x.k);
 
     // The words of the next unit wait in registers while the present one is multiplied. A row or a token
     // beyond the end repeats the last one; its outputs are not written.
-    u32 next_w[LOADS], next_x[LOADS];
+    u32 next_w[W_LOADS], next_x[X_LOADS];
     auto fetch = [&](int unit) {
-        const int column = unit * UNIT;
+        const int column = unit * UNIT, word = thread % WORDS;
 #pragma unroll
-        for (int load = 0; load < LOADS; load++) {
-            const int which = thread + load * SIDE * SIDE, word = which % WORDS;
-            const i64 row = min(first_row + which / WORDS, rows - 1);
-            const i64 token = min(first_token + which / WORDS, x.n - 1);
+        for (int load = 0; load < W_LOADS; load++) {
+            const i64 row = min(first_row + (thread + load * THREADS) / WORDS, rows - 1);
             next_w[load] = F::four(block_of<F>(raw + row * stride, column), column % F::block + 4 * word);
+        }
+#pragma unroll
+        for (int load = 0; load < X_LOADS; load++) {
+            const i64 token = min(first_token + (thread + load * THREADS) / WORDS, x.n - 1);
             next_x[load] = *reinterpret_cast<const u32*>(x.quants + token * x.k + column + 4 * word);
         }
     };
 
-    float totals[EACH][EACH] = {};
-    int dots[EACH][EACH] = {}, minima[EACH][EACH] = {};
+    // Outputs 2 * i + h: row i of the thread's two, token h of its two.
+    float totals[PARTS][4] = {};
+    int dots[PARTS][4] = {}, minima[PARTS][4] = {};
     fetch(0);
     for (int unit = 0; unit < units; unit++) {
         const int column = unit * UNIT;
         __syncthreads();
 #pragma unroll
-        for (int load = 0; load < LOADS; load++) {
-            const int which = thread + load * SIDE * SIDE;
-            w_quants[which / WORDS][which % WORDS] = next_w[load];
-            x_quants[which / WORDS][which % WORDS] = next_x[load];
-        }
+        for (int load = 0; load < W_LOADS; load++)
+            w_quants[(thread + load * THREADS) / WORDS][thread % WORDS] = next_w[load];
+#pragma unroll
+        for (int load = 0; load < X_LOADS; load++)
+            if (thread + load * THREADS < TOKENS * WORDS)
+                x_quants[(thread + load * THREADS) / WORDS][thread % WORDS] = next_x[load];
         if (thread < TILE) {
             const i64 row = min(first_row + thread, rows - 1);
             const u8* block = block_of<F>(raw + row * stride, column);
@@ -187,7 +193,7 @@ __global__ void __launch_bounds__(SIDE * SIDE, 2)
             }
             w_d[thread] = F::d(block);
             w_dmin[thread] = F::dmin(block);
-        } else if (thread < 2 * TILE) {
+        } else if (thread < TILE + TOKENS) {
             const i64 token = min(first_token + thread - TILE, x.n - 1);
             const i64 at = token * (x.k / x.block) + column / x.block;
             for (int half = 0; half < HALVES; half++)
@@ -198,43 +204,45 @@ __global__ void __launch_bounds__(SIDE * SIDE, 2)
         __syncthreads();
         if (unit + 1 < units) fetch(unit + 1);
 
-        u32 x_words[EACH][WORDS];
+        const u32* upper = w_quants[row_of_warp + group];
+        const u32* lower = w_quants[row_of_warp + group + 8];
+        const u32 a[4] = {upper[place], lower[place], upper[place + 4], lower[place + 4]};
 #pragma unroll
-        for (int j = 0; j < EACH; j++)
-#pragma unroll
-            for (int word = 0; word < WORDS; word++) x_words[j][word] = x_quants[across + j * SIDE][word];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int row = down + i * SIDE;
-            u32 weights[WORDS];
-            int scales[SUBS], mins[SUBS];
-#pragma unroll
-            for (int word = 0; word < WORDS; word++) weights[word] = w_quants[row][word];
-#pragma unroll
-            for (int sub = 0; sub < SUBS; sub++) {
-                scales[sub] = w_scales[row][sub];
-                mins[sub] = w_mins[row][sub];
+        for (int part = 0; part < PARTS; part++) {
+            const u32* column_of_b = x_quants[token_of_warp + part * 8 + group];
+            const u32 b[2] = {column_of_b[place], column_of_b[place + 4]};
+            int products[SUBS][4] = {};
+            if constexpr (SUBS == 1) {
+                add_product_of_32(products[0], a, b);
+            } else {
+                add_product_of_16(products[0], a[0], a[1], b[0]);
+                add_product_of_16(products[1], a[2], a[3], b[1]);
             }
 #pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                const int token = across + j * SIDE;
-                dots[i][j] += scaled_dot(weights, x_words[j], scales);
+            for (int output = 0; output < 4; output++) {
+                const int row = row_of_warp + group + output / 2 * 8;
+                const int token = token_of_warp + part * 8 + place * 2 + output % 2;
+                for (int sub = 0; sub < SUBS; sub++)
+                    dots[part][output] += products[sub][output] * w_scales[row][sub];
                 if constexpr (F::offset != NONE)
-                    minima[i][j] += SUMMED ? 1 : scaled_sums(mins, x_sums[token][0], x_sums[token][1]);
+                    minima[part][output] +=
+                        SUMMED ? 1 : scaled_sums(w_mins[row], x_sums[token][0], x_sums[token][1]);
                 if ((unit + 1) % (SIZE / UNIT) == 0) {
-                    totals[i][j] = totals[i][j] + term_of<F>(dots[i][j], minima[i][j], w_d[row], w_dmin[row],
-                                                             x_d[token], x_s[token]);
-                    dots[i][j] = 0;
-                    minima[i][j] = 0;
+                    totals[part][output] =
+                        totals[part][output] + term_of<F>(dots[part][output], minima[part][output], w_d[row],
+                                                          w_dmin[row], x_d[token], x_s[token]);
+                    dots[part][output] = 0;
+                    minima[part][output] = 0;
                 }
             }
         }
     }
 #pragma unroll
-    for (int j = 0; j < EACH; j++)
+    for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int row = first_row + down + i * SIDE, token = first_token + across + j * SIDE;
-            if (row < rows && token < x.n) out[static_cast<i64>(token) * rows + row] = totals[i][j];
+        for (int output = 0; output < 4; output++) {
+            const int row = first_row + row_of_warp + group + output / 2 * 8;
+            const int token = first_token + token_of_warp + part * 8 + place * 2 + output % 2;
+            if (row < rows && token < x.n) out[static_cast<i64>(token) * rows + row] = totals[part][output];
         }
 }

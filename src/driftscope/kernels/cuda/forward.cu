@@ -93,8 +93,8 @@ __device__ inline void softmax_row(const float* scores, i64 first, i64 stop, flo
 template <bool HALF>
 __global__ void __launch_bounds__(THREADS)
     attention(const float* q, const float* k, const float* v, const i64* starts, const i64* sequence_of, i64 n,
-              int n_heads, int n_kv_heads, int channels, float scale, double cap, i64 window, i64 longest, float* scratch,
-              float* out) {
+              int n_heads, int n_kv_heads, int channels, float scale, double cap, i64 window, i64 longest,
+              float* scratch, float* out) {
     const Heads heads = {n_heads, n_kv_heads, channels, scale, cap};
     float* weights = scratch + blockIdx.x * longest;
     const i64 kv_width = static_cast<i64>(heads.kv_count) * heads.channels;

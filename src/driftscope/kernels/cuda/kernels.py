@@ -204,13 +204,14 @@ class CudaKernels:
         stored = self._in(raw, np.uint8)
         size = sources.product_block(dtype, block)
         summed = layout.offset == "add" and fmt.startswith("q8_1")
-        if n <= 2 * sources.FEW_TOKENS[-1]:
-            tokens = next((few for few in sources.FEW_TOKENS if n <= few), sources.FEW_TOKENS[-1])
-            kernel = sources.dot_rows(dtype, size, summed, tokens)
-            grid = (_parts(rows, _THREADS // 32), _parts(n, tokens))
+        few = next((tokens for tokens in sources.FEW_TOKENS if n <= tokens), 0)
+        if few:
+            kernel = sources.dot_rows(dtype, size, summed, few)
+            grid = (_parts(rows, _THREADS // 32), 1)
         else:
-            kernel = sources.dot_tiles(dtype, size, summed)
-            grid = (_parts(rows, _TILE), _parts(n, _TILE))
+            parts = next((parts for parts in sources.TILE_PARTS if n <= 16 * parts), sources.TILE_PARTS[-1])
+            kernel = sources.dot_tiles(dtype, size, summed, parts)
+            grid = (_parts(rows, _TILE), _parts(n, 16 * parts))
         sizes = (np.int32(n), np.int32(columns), np.int32(block), np.int32(rows))
         factors = (quants, sums, d, s if summed else d)
         self.card.launch(kernel, grid, _THREADS, stored, *factors, *sizes, out)

@@ -93,6 +93,12 @@ def device_count() -> int:
     return int(cupy.cuda.runtime.getDeviceCount())
 
 
+def compute_capability() -> tuple[int, int]:
+    """That of the current device, e.g. ``(9, 0)``."""
+    text = str(cupy.cuda.Device().compute_capability)
+    return int(text[:-1]), int(text[-1])
+
+
 def compiler_version() -> tuple[int, int]:
     """Version of NVRTC.
 

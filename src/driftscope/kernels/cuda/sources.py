@@ -29,6 +29,9 @@ MATMUL_SHAPES = ((64, 1, 4), (32, 2, 16), (16, 4, 64))
 FEW_TOKENS = (1, 4, 8)
 """Tokens for which `dot_rows` decodes a row once."""
 
+TILE_PARTS = (1, 2, 4)
+"""Sixteens of tokens in a tile of `dot_tiles`."""
+
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
@@ -73,9 +76,9 @@ def dot_rows(dtype: str, size: int, summed: bool, tokens: int) -> Kernel:
     return Kernel("dot.cu", f"dot_rows<{dtype}, {size}, {str(summed).lower()}, {tokens}>")
 
 
-def dot_tiles(dtype: str, size: int, summed: bool) -> Kernel:
+def dot_tiles(dtype: str, size: int, summed: bool, parts: int) -> Kernel:
     """Integer dot products for many tokens."""
-    return Kernel("dot.cu", f"dot_tiles<{dtype}, {size}, {str(summed).lower()}>")
+    return Kernel("dot.cu", f"dot_tiles<{dtype}, {size}, {str(summed).lower()}, {parts}>")
 
 
 def multiply(dtype: str, count: int, down: int, each: int) -> Kernel:
@@ -129,7 +132,7 @@ def all_kernels() -> list[Kernel]:
         for size in sorted({product_block(dtype, block) for block in (32, 256)}):
             for summed in (False, True) if FORMATS[dtype].offset == "add" else (False,):
                 found += [dot_rows(dtype, size, summed, tokens) for tokens in FEW_TOKENS]
-                found.append(dot_tiles(dtype, size, summed))
+                found += [dot_tiles(dtype, size, summed, parts) for parts in TILE_PARTS]
     for b in NATIVE:
         from driftscope.kernels.expected_error import cell_kind
 
