@@ -2,7 +2,7 @@
 
 ``matmul_f32`` is path A: f32 products summed one after the other in f32, first column first. No fused
 multiply-add, no reordering: the chain of an output is the same whatever the other rows, the number of
-threads and the width of the vectors, because vectors run across tokens and never along a row.
+threads and the width of the vectors, because vectors run across rows of weights and never along one.
 """
 
 from __future__ import annotations
