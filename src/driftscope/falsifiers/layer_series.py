@@ -18,7 +18,7 @@ _POOL = 4096
 _CONTROL_GROWTH = 1.5
 _DOMAIN_GROWTH = (1.0, 1.02, 1.05, 1.1, 1.25, 1.5)
 _SHUFFLES = 101
-_AT_MOST = ("drops", "close")
+_AT_MOST = ("drops", "close", "smallest")
 _FLOOR = 1e-9
 
 Draw = Callable[[int, int, int], F64]
@@ -54,9 +54,9 @@ def measure(
         In each regime probabilities under the null model, with the 95 % interval of their sampling
         (Wilson 1927): `p_drops` of so few layers or fewer that lie below the one before; `p_trend` of a
         rank correlation of figure and depth (Spearman 1904) as large or larger; `p_growth` of last over
-        first layer as large or larger; `p_largest` and `p_mean` of a largest value and a mean as large, both
-        over the median; `p_close` of so few neighbours within a tenth. `null` has the 2.5 %, 50 % and
-        97.5 % quantiles of each statistic. `published` has the statistics of the printed series. Controls and
+        first layer as large or larger; `p_largest` and `p_mean` of a largest value and a mean as large and
+        `p_smallest` of a smallest as small, all over the median; `p_close` of so few neighbours within a
+        tenth. `null` has the 2.5 %, 50 % and 97.5 % quantiles of each statistic. `published` has the statistics of the printed series. Controls and
         domain have the median of `p_trend` and `p_drops` over shuffled series that grow with depth by a
         known factor a layer.
     """
@@ -163,6 +163,7 @@ def _statistics(series: F64) -> dict[str, F64]:
         "trend": (ranks * depth).sum(axis=1) / np.square(depth).sum(),
         "growth": series[:, -1] / series[:, 0],
         "largest": series.max(axis=1) / median,
+        "smallest": series.min(axis=1) / median,
         "mean": series.mean(axis=1) / median,
         "close": (np.abs(steps) <= 0.1 * series[:, :-1]).sum(axis=1).astype(np.float64),
         "step": series[:, -1] / series[:, -2],
