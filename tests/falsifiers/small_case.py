@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 from tests.helpers.tiny_models import save_tiny_model
+from tests.helpers.tiny_vocabulary import SIZE, tiny_vocabulary
 
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
+from driftscope.artifacts.tokenizer import tokenizer_from_vocabulary
 
 PROMPTS: dict[str, Any] = {
     "trace": [
@@ -63,3 +66,24 @@ def small_models(folder: Path, **options: Any) -> dict[str, Artifact]:
     save_tiny_model(folder / "candidate", "llama", seed=5, dtype=torch.bfloat16, **options)
     teacher = open_artifact(folder / "teacher")
     return {"teacher": teacher, "source": teacher, "candidate": open_artifact(folder / "candidate")}
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def speaking_models(
+    folder: Path, *, chat_template: str | None = CHATML, **options: Any
+) -> dict[str, Artifact]:
+    """The same with a tokenizer beside the weights."""
+    models = small_models(folder, vocab_size=SIZE, **options)
+    tokenizer = tokenizer_from_vocabulary(tiny_vocabulary("gpt-2"), "tiny").to_json()
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    for role in ("teacher", "candidate"):
+        (folder / role / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        (folder / role / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return models
