@@ -56,9 +56,9 @@ def measure(
         rank correlation of figure and depth (Spearman 1904) as large or larger; `p_growth` of last over
         first layer as large or larger; `p_largest` and `p_mean` of a largest value and a mean as large and
         `p_smallest` of a smallest as small, all over the median; `p_close` of so few neighbours within a
-        tenth. `null` has the 2.5 %, 50 % and 97.5 % quantiles of each statistic. `published` has the statistics of the printed series. Controls and
-        domain have the median of `p_trend` and `p_drops` over shuffled series that grow with depth by a
-        known factor a layer.
+        tenth. `null` has the 2.5 %, 50 % and 97.5 % quantiles of each statistic, `published` the statistics
+        of the printed series. Controls and domain have the median of `p_trend` and `p_drops` over shuffled
+        series that grow with depth by a known factor a layer.
     """
     layers = _series(parameters, "layers", 3)
     five = _series(parameters, "five", 3)
