@@ -69,6 +69,8 @@ class Kernels(Protocol):
         *,
         rows_a: NDArray[np.int64] | None = None,
         rows_b: NDArray[np.int64] | None = None,
+        transposed_a: bool = False,
+        transposed_b: bool = False,
     ) -> TensorComparison:
         """See `driftscope.kernels.compare`."""
         ...

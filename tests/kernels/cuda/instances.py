@@ -27,7 +27,10 @@ def _chosen(kernel: Kernel) -> bool:
     arguments = re.split(", ", rest)
     dtype = arguments[0]
     if name == "compare":
-        return dtype == "BF16" or (dtype == "F32" and arguments[1] in ("F32", "Q6_K"))
+        _, turned_a, other, turned_b, *_ = arguments
+        if "true" in (turned_a, turned_b):
+            return (dtype, other) in (("F32", "Q6_K"), ("F32", "F32"))
+        return dtype == "BF16" or (dtype == "F32" and other in ("F32", "Q6_K"))
     if dtype in WHOLE or name not in ("multiply", "dot_rows", "dot_tiles"):
         return True
     if name == "multiply":

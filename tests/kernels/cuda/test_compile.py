@@ -56,7 +56,7 @@ def test_a_warning_is_noticed() -> None:
     ("file", "name"),
     [
         ("activations.cu", "quantize_32<SIMD>"),
-        ("compare.cu", "compare<BF16, Q4_K, 1, 4>"),
+        ("compare.cu", "compare<BF16, false, Q4_K, false, 1, 4>"),
         ("dot.cu", "dot_rows<Q4_1, 32, true, 4>"),
         ("forward.cu", "attention<true>"),
         ("forward.cu", "gelu"),

@@ -5,6 +5,7 @@ On the host the compiler's sanitizers watch every access, and each launch runs i
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -349,6 +350,28 @@ def test_compare_of_permuted_rows(kernels: CudaKernels) -> None:
     assert found.cosine_similarity == 1.0
     assert (found.sum_dd, found.identical_count) == (0.0, 70 * 512)
     same_comparison(found, compare.compare(a, "F32", stored, "Q6_K", rows_b=order))
+
+
+@pytest.mark.parametrize("turned", [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("dtype", ["F32", "Q6_K"])
+def test_compare_of_a_tensor_that_is_stored_transposed(
+    kernels: CudaKernels, dtype: str, turned: tuple[bool, bool]
+) -> None:
+    x, raw = activation_of(70, 256, 18), random_rows(dtype, 70, 256, 19)
+    order = generator(20).permutation(70)
+    values = np.ascontiguousarray(dequantize.dequantize(raw, dtype)[order])
+    if turned[1]:
+        # b's rows are the columns of what is compared.
+        shaped, other, options = values.T, raw, {"rows_b": order, "transposed_b": True}
+    else:
+        shaped, other, options = values, raw, {"rows_b": order}
+    a = np.ascontiguousarray(x[:70].T if turned[1] else x)
+    stored = np.ascontiguousarray(a.T if turned[0] else a)
+    found = kernels.compare(stored.view(np.uint8), "F32", other, dtype, transposed_a=turned[0], **options)
+    plain = np.ascontiguousarray(shaped).view(np.uint8)
+    expected = compare.compare(a.view(np.uint8), "F32", plain, "F32")
+    energy = compare.compare(x.view(np.uint8), "F32", raw, dtype).expected_energy
+    same_comparison(found, dataclasses.replace(expected, expected_energy=energy))
 
 
 def test_compare_of_a_slab_that_begins_without_finite_values(kernels: CudaKernels) -> None:

@@ -2,7 +2,8 @@
 //
 // Order of the f64 sums of a slab: thread t of 256 adds the groups t, t + 256, ... of COUNT neighbouring pairs, each
 // group from its first pair; then the threads are added in a tree (neighbours at a distance of 1, 2, 4, ...). Slabs
-// are added up by the caller. The slabs depend on the shape alone: one order on every card.
+// are added up by the caller. The slabs depend on the shape alone: one order on every card. COUNT is 4, or 1 where the
+// columns are not a multiple of 4 or a side is stored transposed.
 #include "formats.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
@@ -49,7 +50,21 @@ __device__ inline void add_pair(Partial& partial, float a, float b, double shift
     partial.counts[3] += difference < MEDIUM;
 }
 
-// What the format of b is expected to leave in COUNT values at `column`; parts that are not finite add nothing.
+// One of the two tensors: stored rows, and which of them each canonical row is, or each canonical column.
+template <class F, bool TRANSPOSED>
+struct Side {
+    const u8* raw;
+    const i64* rows;
+    i64 bytes;
+
+    __device__ Side(const u8* raw, const i64* rows, i64 n_rows, u32 columns)
+        : raw(raw), rows(rows), bytes(row_bytes<F>(TRANSPOSED ? n_rows : static_cast<i64>(columns))) {}
+    __device__ const u8* stored_row(i64 row, i64 column) const { return raw + rows[TRANSPOSED ? column : row] * bytes; }
+    __device__ static i64 stored_column(i64 row, i64 column) { return TRANSPOSED ? row : column; }
+};
+
+// What the format of b is expected to leave in COUNT values from stored `column` on; parts that are not finite add
+// nothing.
 template <class F, int KIND, int COUNT>
 __device__ inline double expected_energy(const u8* row, i64 column, const float (&values)[COUNT], const double* cells) {
     double energy = 0.0;
@@ -59,31 +74,35 @@ __device__ inline double expected_energy(const u8* row, i64 column, const float 
         const u8* block = row + column / F::block * F::bytes;
         const int i = static_cast<int>(column % F::block);
         const double step = static_cast<double>(F::d(block)) * F::scale(block, i / F::sub);
-        const u32 four = F::four(block, i);
+        const u32 four = F::four(block, i / 4 * 4);
         double within = 0.0;
-        for (int j = 0; j < COUNT; j++) within += cells[quant_of(four, j) + 128];
+        for (int j = 0; j < 4; j++)
+            if (COUNT == 4 || j == i % 4) within += cells[quant_of(four, j) + 128];
         energy = step * step * within;
     }
     return energy <= MAX_DOUBLE ? energy : 0.0;
 }
 
-// Rows first_row + ... of both; `rows_a` and `rows_b` give the stored row of each. figures f64[slabs, 11] and
-// tallies i64[slabs, 9] are laid out as `driftscope.kernels.compare` pools them.
-template <class A, class B, int KIND, int COUNT>
+// figures f64[slabs, 11]: sums of a, b, a^2, b^2, ab, |a - b|, (a - b)^2, (a - mean a)^2, (b - mean b)^2, the largest
+// |a - b|, the expected energy. tallies i64[slabs, 9]: the counts, and whether any bits differ.
+template <class A, bool A_TRANSPOSED, class B, bool B_TRANSPOSED, int KIND, int COUNT>
 __global__ void __launch_bounds__(THREADS)
-    compare(const u8* a, const i64* rows_a, const u8* b, const i64* rows_b, const double* cells, i64 n_rows,
+    compare(const u8* raw_a, const i64* rows_a, const u8* raw_b, const i64* rows_b, const double* cells, i64 n_rows,
             u32 columns, u32 slab, double* figures, i64* tallies) {
+    static_assert(COUNT == 1 || !(A_TRANSPOSED || B_TRANSPOSED), "neighbours lie in other rows");
     __shared__ u32 first_finite;
     __shared__ double shifts[2];
     __shared__ Partial partials[WARPS];
+    const Side<A, A_TRANSPOSED> a(raw_a, rows_a, n_rows, columns);
+    const Side<B, B_TRANSPOSED> b(raw_b, rows_b, n_rows, columns);
     const int thread = threadIdx.x;
     const i64 first_row = static_cast<i64>(blockIdx.x) * slab;
     const u32 pairs = static_cast<u32>(min(static_cast<i64>(slab), n_rows - first_row)) * columns;
 
     auto read = [&](u32 pair, float(&x)[COUNT], float(&y)[COUNT]) {
         const i64 row = first_row + pair / columns, column = pair % columns;
-        decode<A, COUNT>(a + rows_a[row] * row_bytes<A>(columns), column, x);
-        decode<B, COUNT>(b + rows_b[row] * row_bytes<B>(columns), column, y);
+        decode<A, COUNT>(a.stored_row(row, column), a.stored_column(row, column), x);
+        decode<B, COUNT>(b.stored_row(row, column), b.stored_column(row, column), y);
     };
 
     // Moments are taken about the first finite pair of the slab, as on the CPU.
@@ -120,8 +139,9 @@ __global__ void __launch_bounds__(THREADS)
         float x[COUNT], y[COUNT];
         read(pair, x, y);
         for (int i = 0; i < COUNT; i++) add_pair(partial, x[i], y[i], shift_a, shift_b);
-        const u8* row = b + rows_b[first_row + pair / columns] * row_bytes<B>(columns);
-        partial.sums[7] += expected_energy<B, KIND, COUNT>(row, pair % columns, y, cells);
+        const i64 row = first_row + pair / columns, column = pair % columns;
+        partial.sums[7] += expected_energy<B, KIND, COUNT>(b.stored_row(row, column), b.stored_column(row, column), y,
+                                                           cells);
     }
 
     for (int step = 1; step < WARP; step *= 2) {

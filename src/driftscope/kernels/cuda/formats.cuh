@@ -217,11 +217,16 @@ __device__ inline float step_of(const u8* block, int i) {
 }
 
 // The values of columns `column` to `column + COUNT - 1` of a row. COUNT is 4, and then `column` a multiple
-// of 4 and a plain row a whole number of fours, or 1, and then the format is plain.
+// of 4 and a plain row a whole number of fours; or 1.
 template <class F, int COUNT>
 __device__ inline void decode(const u8* row, i64 column, float (&out)[COUNT]) {
     if constexpr (F::plain && COUNT == 1) {
         out[0] = F::one(row + column * F::bytes);
+    } else if constexpr (COUNT == 1) {
+        float four[4];
+        decode<F, 4>(row, column / 4 * 4, four);
+        for (int i = 0; i < 4; i++)
+            if (i == column % 4) out[0] = four[i];
     } else if constexpr (F::plain) {
         // One load for the four.
         struct alignas(4 * F::bytes) Four {
@@ -230,7 +235,6 @@ __device__ inline void decode(const u8* row, i64 column, float (&out)[COUNT]) {
         const Four four = *reinterpret_cast<const Four*>(row + column * F::bytes);
         for (int i = 0; i < COUNT; i++) out[i] = F::one(four.bytes + i * F::bytes);
     } else {
-        static_assert(COUNT == 4, "quants come in fours");
         const u8* block = row + column / F::block * F::bytes;
         const int i = static_cast<int>(column % F::block);
         const u32 four = F::four(block, i);

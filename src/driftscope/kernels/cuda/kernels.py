@@ -14,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.errors import InputError
-from driftscope.kernels import compare as on_host
 from driftscope.kernels.activations import (
     ACTIVATION_FORMATS,
     QuantizedActivation,
     RoundedActivation,
 )
+from driftscope.kernels.compare import TensorComparison
 from driftscope.kernels.cuda import sources
+from driftscope.kernels.cuda.pooling import cells_of, largest_of, pooled
 from driftscope.kernels.cuda.sources import Kernel
 from driftscope.kernels.dequantize import dequantize as dequantize_on_host
-from driftscope.kernels.expected_error import NONE, cell_energies, cell_kind
+from driftscope.kernels.expected_error import NONE, cell_kind
 from driftscope.kernels.formats import format_of, row_columns
 from driftscope.kernels.forward import _check_kv_type, rope_tables
 from driftscope.kernels.matmul import check_factor
@@ -35,6 +36,9 @@ Array = Any
 _THREADS = 256
 _TILE = 64
 _ATTENTION_BLOCKS = 2048
+
+# Values that a thread block of `compare` adds up, about.
+_SLAB_VALUES = 1 << 14
 
 
 class Card(Protocol):
@@ -228,46 +232,55 @@ class CudaKernels:
         *,
         rows_a: NDArray[np.int64] | None = None,
         rows_b: NDArray[np.int64] | None = None,
-    ) -> on_host.TensorComparison:
+        transposed_a: bool = False,
+        transposed_b: bool = False,
+    ) -> TensorComparison:
         """See `driftscope.kernels.compare.compare`: equal counts and maxima, sums in another order."""
-        order_a = _order(rows_a, a_raw.shape[0])
-        order_b = _order(rows_b, b_raw.shape[0])
-        a, kind_a, columns = self._stored(a_raw, a_dtype)
-        b, kind_b, columns_b = self._stored(b_raw, b_dtype)
-        n_rows = len(order_a)
-        if (n_rows, columns) != (len(order_b), columns_b):
+        order_a, order_b = _order(rows_a, a_raw.shape[0]), _order(rows_b, b_raw.shape[0])
+        a, kind_a, width_a = self._stored(a_raw, a_dtype)
+        b, kind_b, width_b = self._stored(b_raw, b_dtype)
+        n_rows, columns = _turned(len(order_a), width_a, transposed_a)
+        if (n_rows, columns) != _turned(len(order_b), width_b, transposed_b):
+            rows, width = _turned(len(order_b), width_b, transposed_b)
             raise InputError(
-                f"tensors of {n_rows} x {columns} and {len(order_b)} x {columns_b} values "
+                f"tensors of {n_rows} x {columns} and {rows} x {width} values "
                 "cannot be compared: expected equal shapes"
             )
-        slab = on_host.rows_of_slab(columns)
+        slab = max(1, _SLAB_VALUES // max(1, columns))
         n_slabs = _parts(n_rows, slab) if columns else 0
-        layout = format_of(b_dtype)
         figures, tallies = np.zeros((n_slabs, 11)), np.zeros((n_slabs, 9), np.int64)
+        layout = format_of(b_dtype)
         if n_slabs:
             on_device = self.card.empty(figures.shape, np.float64), self.card.empty(tallies.shape, np.int64)
-            count = min(_together(kind_a, columns), _together(kind_b, columns))
-            cells = self.card.upload(cell_energies(layout))
+            turned = (transposed_a, transposed_b)
+            count = 1 if any(turned) else min(_together(kind_a, columns), _together(kind_b, columns))
             self.card.launch(
-                sources.compare(kind_a, kind_b, cell_kind(layout), count),
+                sources.compare(kind_a, kind_b, cell_kind(layout), count, transposed=turned),
                 (n_slabs, 1),
                 _THREADS,
-                *(a, self.card.upload(order_a), b, self.card.upload(order_b), cells),
-                *(np.int64(n_rows), np.uint32(columns), np.uint32(slab), *on_device),
+                *(a, self.card.upload(order_a), b, self.card.upload(order_b)),
+                *(self.card.upload(cells_of(layout)), np.int64(n_rows), np.uint32(columns), np.uint32(slab)),
+                *on_device,
             )
             figures, tallies = (self.card.download(array) for array in on_device)
         largest = (-1, np.nan, np.nan)
         if tallies[:, 0].any():
             # The values at the maximum are looked up on the host, in the first slab that has it.
             worst = int(np.argmax(np.where(tallies[:, 0] > 0, figures[:, 9], -1.0)))
-            rows = slice(worst * slab, min((worst + 1) * slab, n_rows))
-            x, y = (
-                dequantize_on_host(self._rows_on_host(raw, order[rows]), dtype).reshape(-1)
-                for raw, order, dtype in ((a_raw, order_a, a_dtype), (b_raw, order_b, b_dtype))
-            )
-            largest = _largest(x, y, rows.start * columns)
-        predicted = cell_kind(layout) != NONE
-        return on_host._pool(figures, tallies, n_rows * columns, largest, predicted=predicted)
+            rows_of_slab = slice(worst * slab, min((worst + 1) * slab, n_rows))
+            x = self._part(a_raw, a_dtype, order_a, rows_of_slab, transposed_a)
+            y = self._part(b_raw, b_dtype, order_b, rows_of_slab, transposed_b)
+            largest = largest_of(x, y, rows_of_slab.start * columns)
+        energy_is_known = cell_kind(layout) != NONE
+        return pooled(figures, tallies, n_rows * columns, largest, with_energy=energy_is_known)
+
+    def _part(
+        self, raw: Array, dtype: str, order: NDArray[np.int64], rows: slice, transposed: bool
+    ) -> NDArray[np.float32]:
+        """Some canonical rows, flat."""
+        if not transposed:
+            return dequantize_on_host(self._rows_on_host(raw, order[rows]), dtype).reshape(-1)
+        return dequantize_on_host(self._rows_on_host(raw, order), dtype)[:, rows].T.reshape(-1)
 
     def _rows_on_host(self, raw: Array, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         chosen = raw[self.to_device(rows)] if self.card.owns(raw) else raw[rows]
@@ -436,12 +449,8 @@ def _order(rows: NDArray[np.int64] | None, n_rows: int) -> NDArray[np.int64]:
     return np.ascontiguousarray(rows, np.int64)
 
 
-def _largest(x: NDArray[np.float32], y: NDArray[np.float32], start: int) -> tuple[int, float, float]:
-    """Flat index and values of the first pair with the largest difference; ``x[0]`` is value `start`."""
-    both = np.isfinite(x) & np.isfinite(y)
-    wide = (np.where(both, values, np.float32(0)).astype(np.float64) for values in (x, y))
-    i = int(np.argmax(np.where(both, np.abs(np.subtract(*wide)), -1.0)))
-    return start + i, float(x[i]), float(y[i])
+def _turned(rows: int, columns: int, transposed: bool) -> tuple[int, int]:
+    return (columns, rows) if transposed else (rows, columns)
 
 
 def _heads(

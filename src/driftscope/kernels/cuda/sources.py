@@ -32,6 +32,9 @@ FEW_TOKENS = (1, 4, 8)
 TILE_PARTS = (1, 2, 4)
 """Sixteens of tokens in a tile of `dot_tiles`."""
 
+TRANSPOSED = ((False, True), (True, False), (True, True))
+"""Which sides of a comparison are stored transposed, where one is."""
+
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
@@ -86,9 +89,10 @@ def multiply(dtype: str, count: int, down: int, each: int) -> Kernel:
     return Kernel("matmul.cu", f"multiply<{dtype}, {count}, {down}, {each}>")
 
 
-def compare(a: str, b: str, cells: int, count: int) -> Kernel:
+def compare(a: str, b: str, cells: int, count: int, *, transposed: tuple[bool, bool]) -> Kernel:
     """Comparison of two stored tensors; `cells` as in `driftscope.kernels.expected_error`."""
-    return Kernel("compare.cu", f"compare<{a}, {b}, {cells}, {count}>")
+    turned_a, turned_b = (str(turned).lower() for turned in transposed)
+    return Kernel("compare.cu", f"compare<{a}, {turned_a}, {b}, {turned_b}, {cells}, {count}>")
 
 
 FORWARD = {
@@ -137,6 +141,8 @@ def all_kernels() -> list[Kernel]:
         from driftscope.kernels.expected_error import cell_kind
 
         for a in sorted({"F32", "BF16", b}):
+            kind = cell_kind(FORMATS[b])
             for count in sorted(set(counts_of(a)) & set(counts_of(b))):
-                found.append(compare(a, b, cell_kind(FORMATS[b]), count))
+                found.append(compare(a, b, kind, count, transposed=(False, False)))
+            found += [compare(a, b, kind, 1, transposed=turned) for turned in TRANSPOSED]
     return list(dict.fromkeys(found))
