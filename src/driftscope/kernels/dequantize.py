@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.kernels.block_rows import fill
 from driftscope.kernels.float_vectors import widen_bf16, widen_f16
 from driftscope.kernels.formats import BlockFormat, format_of, row_columns
 from driftscope.kernels.jit import kernel
@@ -54,7 +55,7 @@ def dequantize(raw: NDArray[np.uint8], dtype: str, *, threads: int = 1) -> NDArr
         unpacked = UnpackedRows.empty(layout, min(slab, end - first), n_columns)
         for start in range(first, end, slab):
             stop = min(end, start + slab)
-            unpacked.fill(raw, start, stop)
+            fill(unpacked, raw, start, stop)
             expand(unpacked, out[start:stop])
 
     over_rows(work, raw.shape[0], threads=threads, grain=slab)
