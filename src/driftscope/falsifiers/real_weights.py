@@ -262,16 +262,18 @@ def _metrics(
         "over_random": _as_factor(logs[:, 0], resampling),
         "over_permuted": _as_factor(logs[:, 1], resampling),
         "error": with_interval(_median, np.array([item.real for item in errors]), resampling),
-        "by_site": {
-            site: {
-                "over_random": rounded(
-                    np.exp(np.mean([logs[i, 0] for i, item in enumerate(errors) if item.site == site]))
-                ),
-                "error": rounded(float(np.median([item.real for item in errors if item.site == site]))),
-            }
-            for site in sites
-        },
+        "by_site": {site: _of_site(site, errors, logs) for site in sites},
         **_tail([item.scalars for item in errors], resampling),
+    }
+
+
+def _of_site(site: str, errors: Sequence[_Errors], logs: F64) -> dict[str, float]:
+    at = [index for index, item in enumerate(errors) if item.site == site]
+    over_random, over_permuted = np.exp(logs[at].mean(axis=0))
+    return {
+        "over_random": rounded(over_random),
+        "over_permuted": rounded(over_permuted),
+        "error": rounded(float(np.median([errors[index].real for index in at]))),
     }
 
 
