@@ -210,11 +210,17 @@ def tile(fmt: str, seed: int = 0, values: int = TILE_VALUES) -> Tile:
 
 
 def _pair_minima(blocks: NDArray[np.uint8], fmt: str) -> None:
-    """Make the minimum of every sub-block equal to its scale, so that its values surround zero."""
+    """Make the minimum of every sub-block equal to its scale, so that its values surround zero.
+
+    Scales are kept from zero, where a sub-block would hold one value only.
+    """
     if fmt == "Q2_K":
-        blocks[:, :16] = (blocks[:, :16] & 15) * 17
+        blocks[:, :16] = (blocks[:, :16] & 7 | 8) * 17
+    elif fmt == "Q6_K":
+        blocks[:, 192:208] = blocks[:, 192:208] & 63 | 64
     elif fmt in ("Q4_K", "Q5_K"):
         packed = blocks[:, 4:16]  # get_scale_min_k4 in ggml-quants.c
+        packed[:, :4] |= 0xA0  # scales from 32 to 63
         packed[:, 4:8] = packed[:, :4]
         packed[:, 8:] = (packed[:, 8:] & 15) * 17
 

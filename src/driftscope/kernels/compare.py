@@ -1,9 +1,13 @@
 """Compare two stored tensors value by value, in one pass over their bytes.
 
-A slab of rows of both sides is decoded into cache, and one fused loop takes every count and sum of it. The
-slabs depend on the shape alone, every sum inside a slab runs in a fixed order, and slabs are added up with
-correctly rounded sums (``math.fsum``): the result is the same bits whatever the number of threads, and on
-every host.
+A tile of values of both sides is decoded into the first-level cache, and every count and sum of it is taken
+there; no copy of a tensor is made. Tiles are added up in slabs. Slabs depend on the shape alone, every sum
+inside a slab runs in a fixed order, and slabs are added up with correctly rounded sums (``math.fsum``): the
+result is the same bits whatever the number of threads, and on every host.
+
+A slab takes the fast way (`compare_tile`) and, where that cannot answer, the exact one (`compare_exact`):
+where a value is not finite, where a difference is too near to the bound of a class for f32, and where sums
+that the fast way subtracts from each other would cancel. Figures of both ways mean the same.
 
 `driftscope.kernels.reference.compare` is the same in plain NumPy.
 """
@@ -19,19 +23,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.errors import InputError
-from driftscope.kernels.compare_tile import COUNTS, LANES, SUMS, TILE, add_tile, load_u16, load_u32
-from driftscope.kernels.dequantize import _OFFSETS, _expand_rows, dequantize
-from driftscope.kernels.expected_error import NONE, cell_energies, cell_kind, row_energy
+from driftscope.kernels.compare_decode import BLOCK_VALUES, DIRECT, address_of, decode
+from driftscope.kernels.compare_exact import FIGURES, TALLIES, compare_values, largest_of
+from driftscope.kernels.compare_tile import (
+    N_SUMS,
+    STEP,
+    add_powers,
+    add_sums,
+    classify,
+)
+from driftscope.kernels.dequantize import dequantize
+from driftscope.kernels.expected_error import (
+    EXPONENT,
+    NONE,
+    cell_energies,
+    cell_kind,
+    power_energy,
+    smallest_exponent,
+)
 from driftscope.kernels.formats import BlockFormat, format_of
-from driftscope.kernels.jit import bits_to_float, device, kernel
+from driftscope.kernels.jit import device, kernel
 from driftscope.kernels.parallel import over_rows
-from driftscope.kernels.unpack import _half, check_raw, unpack_rows
+from driftscope.kernels.unpack import check_raw
 
-# Two slabs of f32, and what they are decoded from, fit the second-level cache of current processors.
-SLAB_VALUES = 1 << 14
+SLAB_VALUES = 1 << 16
+"""Values of a slab, about: few enough that a slab that takes the exact way costs little."""
 
-# Columns of a slab's results, in the order in which `_pool` reads them.
-_FIGURES, _TALLIES = 11, 9
+# Values of a tile: both sides as f32 fill half of a first-level cache of 32 KiB.
+_TILE = 2048
+
+# A slab takes the exact way where the square of a mean is more than this part of the mean square, and where
+# one side's sum of squares is more than this many times the other's.
+_LEVEL, _UNLIKE = 0.25, 65536.0
+
+# The bits of an f32 from which on it is not finite.
+_INFINITE = 0x7F800000
+
+# A tensor that is stored transposed is compared in squares of this many rows and columns.
+_SQUARE = BLOCK_VALUES
 
 
 @dataclass(frozen=True)
@@ -122,9 +151,15 @@ class TensorComparison:
 
         Two tensors of zeros are equal and score 1; None where one alone is zero.
         """
-        if self.sum_aa > 0 and self.sum_bb > 0:
-            # The root of a rounded square is exact, which a product of two roots is not.
-            return max(-1.0, min(1.0, self.sum_ab / math.sqrt(self.sum_aa * self.sum_bb)))
+        aa, bb = self.sum_aa, self.sum_bb
+        if aa > 0 and bb > 0:
+            length = math.sqrt(aa * bb)
+            if max(aa, bb) > _UNLIKE * min(aa, bb):
+                return max(-1.0, min(1.0, self.sum_ab / length))
+            # What is missing to 1, of which the error is a part of itself and not of 1.
+            difference = (aa - bb) / (math.sqrt(aa) + math.sqrt(bb))
+            missing = (self.sum_dd - difference * difference) / (2.0 * length)
+            return max(-1.0, min(1.0, 1.0 - missing))
         return 1.0 if self.compared_count and self.sum_aa == self.sum_bb else None
 
     @property
@@ -159,6 +194,8 @@ def compare(
     *,
     rows_a: NDArray[np.int64] | None = None,
     rows_b: NDArray[np.int64] | None = None,
+    transposed_a: bool = False,
+    transposed_b: bool = False,
     threads: int = 1,
 ) -> TensorComparison:
     """Compare tensor a with tensor b.
@@ -168,55 +205,46 @@ def compare(
         a_dtype: format name of a, see `driftscope.kernels.formats`. F64 is rounded to f32.
         b_raw: the stored bytes of b.
         b_dtype: format name of b.
-        rows_a: ``int64[rows]``, stored row of each canonical row of a; None where they are the same.
+        rows_a: ``int64[rows]``, stored row of each canonical row of a (of each canonical column where a is
+            stored transposed); None where they are the same.
         rows_b: likewise of b.
+        transposed_a: a's stored rows are its canonical columns.
+        transposed_b: likewise of b.
         threads: number of threads; the result does not depend on it.
 
     Raises:
         InputError: unknown format, a row that is not a whole number of blocks, or unequal shapes.
     """
-    a = _Side.of(a_raw, a_dtype, rows_a)
-    b = _Side.of(b_raw, b_dtype, rows_b)
-    if (len(a.rows), a.columns) != (len(b.rows), b.columns):
+    a = _Side.of(a_raw, a_dtype, rows_a, transposed_a)
+    b = _Side.of(b_raw, b_dtype, rows_b, transposed_b)
+    if (a.n_rows, a.columns) != (b.n_rows, b.columns):
         raise InputError(
-            f"tensors of {len(a.rows)} x {a.columns} and {len(b.rows)} x {b.columns} values "
+            f"tensors of {a.n_rows} x {a.columns} and {b.n_rows} x {b.columns} values "
             "cannot be compared: expected equal shapes"
         )
-    slab = rows_of_slab(a.columns)
-    n_slabs = -(-len(a.rows) // slab) if a.columns else 0
-    figures = np.zeros((n_slabs, _FIGURES))
-    tallies = np.zeros((n_slabs, _TALLIES), np.int64)
+    plan = _in_squares(a) if transposed_a or transposed_b else _in_rows(a)
+    figures = np.zeros((len(plan), FIGURES))
+    tallies = np.zeros((len(plan), TALLIES), np.int64)
+    constants = np.array([power_energy(b.layout)])
     cells = cell_energies(b.layout)
 
     def work(first: int, end: int) -> None:
-        # Formats without a decoder here go through whole slabs of f32, a few at a time.
-        step = end - first if a.native and b.native else 16
+        # Formats that the kernel does not read go through f32, a slab at a time.
+        step = end - first if a.direct and b.direct else 1
         for start in range(first, end, step):
             stop = min(end, start + step)
-            rows = slice(start * slab, min(stop * slab, len(a.rows)))
-            x, y = a.part(rows), b.part(rows)
+            x, y = a.part(plan[start]), b.part(plan[start])
             _compare_slabs(
-                x.parameters,
-                x.raw,
-                x.rows,
-                y.parameters,
-                y.raw,
-                y.rows,
-                cells,
-                a.columns,
-                slab,
-                figures[start:stop],
-                tallies[start:stop],
+                *(x.parameters, x.raw, x.rows, y.parameters, y.raw, y.rows),
+                *(plan[start:stop], constants, cells, figures[start:stop], tallies[start:stop]),
             )
+        for slab in first + np.flatnonzero(tallies[first:end, 9]):
+            compare_values(*_flat(a, b, plan[slab]), figures[slab], tallies[slab])
 
-    over_rows(work, n_slabs, threads=threads)
-    largest = _NOWHERE
-    worst = _worst(figures, tallies)
-    if worst >= 0:
-        rows = slice(worst * slab, min((worst + 1) * slab, len(a.rows)))
-        largest = _largest(a.values(rows), b.values(rows), rows.start * a.columns)
+    over_rows(work, len(plan), threads=threads)
+    largest = _largest(a, plan, figures, tallies[:, 10])
     predicted = cell_kind(b.layout) != NONE
-    return _pool(figures, tallies, len(a.rows) * a.columns, largest, predicted=predicted)
+    return _pool(figures, tallies, a.n_rows * a.columns, largest, predicted=predicted)
 
 
 def merge(parts: Sequence[TensorComparison]) -> TensorComparison:
@@ -233,60 +261,85 @@ def merge(parts: Sequence[TensorComparison]) -> TensorComparison:
                 p.inf_a,
                 p.inf_b,
                 not p.bit_identical,
+                *(False, -1),
             )
             for p in parts
         ],
         np.int64,
-    ).reshape(-1, _TALLIES)
+    ).reshape(-1, TALLIES)
     figures = np.array(
         [
             (
                 *(p.sum_a, p.sum_b, p.sum_aa, p.sum_bb, p.sum_ab, p.sum_abs, p.sum_dd),
                 *(p.centred_aa, p.centred_bb),
-                *(p.max_diff if p.compared_count else 0.0, p.expected_energy or 0.0),
+                *(p.max_diff if p.compared_count else 0.0, p.expected_energy or 0.0, 0.0, 0.0),
             )
             for p in parts
         ]
-    ).reshape(-1, _FIGURES)
+    ).reshape(-1, FIGURES)
     expected = [p.expected_energy for p in parts]
     starts = np.cumsum([0, *(p.element_count for p in parts)])
-    worst = _worst(figures, tallies)
+    compared = [(p, int(start)) for p, start in zip(parts, starts, strict=False) if p.compared_count]
     largest = _NOWHERE
-    if worst >= 0:
-        part = parts[worst]
-        largest = (int(starts[worst]) + part.max_index, part.max_value_a, part.max_value_b)
+    if compared:
+        part, start = max(compared, key=lambda item: item[0].max_diff)
+        largest = (start + part.max_index, part.max_value_a, part.max_value_b)
     return _pool(figures, tallies, int(starts[-1]), largest, predicted=bool(parts) and None not in expected)
 
 
 def rows_of_slab(columns: int) -> int:
-    """Rows that are compared at a time: about `SLAB_VALUES` values, at least one row."""
+    """Rows that are added up at a time: about `SLAB_VALUES` values, at least one row."""
     return max(1, SLAB_VALUES // max(1, columns))
 
 
-_NOWHERE = (-1, math.nan, math.nan)
+def _in_rows(side: _Side) -> NDArray[np.int64]:
+    """Slabs of whole rows, ``int64[slabs, 4]``: first row and end, first column and end."""
+    if not side.columns:
+        return np.zeros((0, 4), np.int64)
+    step = rows_of_slab(side.columns)
+    first = np.arange(0, side.n_rows, step, dtype=np.int64)
+    end = np.minimum(first + step, side.n_rows)
+    return np.stack([first, end, np.zeros_like(first), np.full_like(first, side.columns)], axis=1)
 
 
-def _worst(figures: NDArray[np.float64], tallies: NDArray[np.int64]) -> int:
-    """The first slab with the largest difference, -1 where no pair was compared."""
-    if not tallies[:, 0].any():
-        return -1
-    return int(np.argmax(np.where(tallies[:, 0] > 0, figures[:, 9], -1.0)))
+def _in_squares(side: _Side) -> NDArray[np.int64]:
+    """As `_in_rows`, in squares."""
+    corners = [(r, c) for r in range(0, side.n_rows, _SQUARE) for c in range(0, side.columns, _SQUARE)]
+    first = np.array(corners, np.int64).reshape(-1, 2)
+    end = np.minimum(first + _SQUARE, (side.n_rows, side.columns))
+    return np.ascontiguousarray(np.stack([first[:, 0], end[:, 0], first[:, 1], end[:, 1]], axis=1))
 
 
-def _largest(a: NDArray[np.float32], b: NDArray[np.float32], start: int) -> tuple[int, float, float]:
-    """Flat index and values of the first pair with the largest difference; ``a[0, 0]`` is pair `start`."""
-    x, y = a.reshape(-1), b.reshape(-1)
-    both = np.isfinite(x) & np.isfinite(y)
-    x64, y64 = np.where(both, x, 0.0).astype(np.float64), np.where(both, y, 0.0).astype(np.float64)
-    i = int(np.argmax(np.where(both, np.abs(x64 - y64), -1.0)))
-    return start + i, float(x[i]), float(y[i])
+# Flat index of the first pair with the largest |a - b|, a and b there.
+_Largest = tuple[int, float, float]
+_NOWHERE: _Largest = (-1, math.nan, math.nan)
+
+
+def _flat(a: _Side, b: _Side, place: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The values of a slab."""
+    return a.values(place).reshape(-1), b.values(place).reshape(-1)
+
+
+def _largest(
+    a: _Side, plan: NDArray[np.int64], figures: NDArray[np.float64], found: NDArray[np.int64]
+) -> _Largest:
+    """The first pair with the largest difference, of those that the slabs have found; -1 is none."""
+    slabs = np.flatnonzero(found >= 0)
+    if not len(slabs):
+        return _NOWHERE
+    slabs = slabs[figures[slabs, 9] == figures[slabs, 9].max()]
+    first_row, _, first_column, end_column = plan[slabs].T
+    row, column = np.divmod(found[slabs], end_column - first_column)
+    indices = (first_row + row) * a.columns + first_column + column
+    best = slabs[np.argmin(indices)]
+    return int(indices.min()), float(figures[best, 11]), float(figures[best, 12])
 
 
 def _pool(
     figures: NDArray[np.float64],
     tallies: NDArray[np.int64],
     element_count: int,
-    largest: tuple[int, float, float],
+    largest: _Largest,
     *,
     predicted: bool,
 ) -> TensorComparison:
@@ -331,174 +384,234 @@ def _pool(
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two tensors: its bytes, its row order and what the kernel must know of its format."""
+    """One of the two tensors: its bytes, its order and what the kernel must know of its format.
+
+    Attributes:
+        raw: the stored bytes, ``uint8[stored rows, row_bytes]``.
+        layout: the format.
+        rows: stored row of each canonical row, or of each canonical column.
+        stored_columns: values of a stored row.
+        transposed: stored rows are canonical columns.
+        origin: canonical row and column of the first value; others than the first for a part.
+    """
 
     raw: NDArray[np.uint8]
     layout: BlockFormat
     rows: NDArray[np.int64]
-    columns: int
+    stored_columns: int
+    transposed: bool = False
+    origin: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, raw: NDArray[np.uint8], dtype: str, rows: NDArray[np.int64] | None) -> _Side:
+    def of(
+        cls, raw: NDArray[np.uint8], dtype: str, rows: NDArray[np.int64] | None, transposed: bool
+    ) -> _Side:
         layout = format_of(dtype)
         raw, columns = check_raw(raw, dtype)
         if rows is None:
             rows = np.arange(raw.shape[0], dtype=np.int64)
         elif len(rows) and not 0 <= rows.min() <= rows.max() < raw.shape[0]:
             raise ValueError(f"rows {rows.min()} to {rows.max()} of a tensor of {raw.shape[0]} rows")
-        return cls(raw, layout, np.ascontiguousarray(rows, np.int64), columns)
+        return cls(raw, layout, np.ascontiguousarray(rows, np.int64), columns, transposed)
 
     @property
-    def native(self) -> bool:
-        return self.layout.is_integer or self.layout.name in ("F32", "F16", "BF16")
+    def n_rows(self) -> int:
+        return self.stored_columns if self.transposed else len(self.rows)
+
+    @property
+    def columns(self) -> int:
+        return len(self.rows) if self.transposed else self.stored_columns
+
+    @property
+    def direct(self) -> bool:
+        return self.layout.name in DIRECT
 
     @property
     def parameters(self) -> NDArray[np.int64]:
         layout = self.layout
-        offset = _OFFSETS[layout.offset]
         return np.array(
-            [layout.ggml_type, layout.sub_block, layout.block_size, offset, cell_kind(layout)], np.int64
+            [
+                *(layout.ggml_type, layout.block_size, layout.block_bytes),
+                *(self.transposed, *self.origin, cell_kind(layout), smallest_exponent(layout)),
+            ],
+            np.int64,
         )
 
-    def part(self, rows: slice) -> _Side:
-        """Some canonical rows, as f32 where the kernel has no decoder for the format."""
-        if self.native:
-            return _Side(self.raw, self.layout, self.rows[rows], self.columns)
-        values = self.values(rows)
+    def part(self, place: NDArray[np.int64]) -> _Side:
+        """The tensor itself, or a slab of it in f32 where the kernel does not read the format."""
+        if self.direct:
+            return self
+        values = self.values(place)
         order = np.arange(values.shape[0], dtype=np.int64)
-        return _Side(values.view(np.uint8), format_of("F32"), order, self.columns)
+        origin = (int(place[0]), int(place[2]))
+        return _Side(values.view(np.uint8), format_of("F32"), order, values.shape[1], origin=origin)
 
-    def values(self, rows: slice) -> NDArray[np.float32]:
-        return np.ascontiguousarray(dequantize(self.raw[self.rows[rows]], self.layout.name))
-
-
-_unpack_rows = device(unpack_rows.__wrapped__)  # type: ignore[attr-defined]
-_expand = device(_expand_rows.__wrapped__)  # type: ignore[attr-defined]
-_F32 = format_of("F32").ggml_type
-_F16 = format_of("F16").ggml_type
-_BF16 = format_of("BF16").ggml_type
+    def values(self, place: NDArray[np.int64]) -> NDArray[np.float32]:
+        """A slab as f32, canonical rows and columns."""
+        rows, columns = slice(place[0], place[1]), slice(place[2], place[3])
+        if self.transposed:
+            rows, columns = columns, rows
+        size, nbytes = self.layout.block_size, self.layout.block_bytes
+        stored = self.raw[self.rows[rows], columns.start // size * nbytes : columns.stop // size * nbytes]
+        values = dequantize(stored, self.layout.name)
+        return np.ascontiguousarray(values.T if self.transposed else values)
 
 
 @kernel(
-    "void(R(int64, 1), R(uint8, 2), R(int64, 1), R(int64, 1), R(uint8, 2), R(int64, 1), R(float64, 1),"
-    " int64, int64, float64[:, ::1], int64[:, ::1])"
+    "void(R(int64, 1), R(uint8, 2), R(int64, 1), R(int64, 1), R(uint8, 2), R(int64, 1), R(int64, 2),"
+    " R(float64, 1), R(float64, 1), float64[:, ::1], int64[:, ::1])"
 )
 def _compare_slabs(
-    format_a: Any,
+    side_a: Any,
     raw_a: Any,
     rows_a: Any,
-    format_b: Any,
+    side_b: Any,
     raw_b: Any,
     rows_b: Any,
+    plan: Any,
+    constants: Any,
     cells: Any,
-    columns: int,
-    slab: int,
     figures: Any,
     tallies: Any,
 ) -> None:
-    """Compare slab after slab of `slab` rows; row s of `figures` and `tallies` is slab s."""
-    capacity = -(-slab * columns // TILE) * TILE
-    a = np.empty(capacity, np.float32)
-    b = np.empty(capacity, np.float32)
-    quants_a, scales_a, mins_a, d_a, dmin_a = _scratch(format_a, columns)
-    quants_b, scales_b, mins_b, d_b, dmin_b = _scratch(format_b, columns)
-    for s in range(figures.shape[0]):
-        first = s * slab
-        n_rows = min(slab, rows_a.size - first)
-        count = n_rows * columns
-        expected = 0.0
+    """Compare slab after slab; row s of `figures` and `tallies` is slab s of `plan`."""
+    a, b = _tile(), _tile()
+    square_a = np.empty(_SQUARE * _SQUARE if side_a[3] else 0, np.float32)
+    square_b = np.empty(_SQUARE * _SQUARE if side_b[3] else 0, np.float32)
+    quants, steps = np.empty(BLOCK_VALUES, np.int8), np.empty(8, np.float32)
+    base_a, base_b = address_of(raw_a), address_of(raw_b)
+    stride_a, stride_b = raw_a.shape[1], raw_b.shape[1]
+    to_a, to_b = address_of(a), address_of(b)
+    column = np.empty(_SQUARE, np.float32)
+    sums = np.empty(N_SUMS * 4)
+    powers = np.empty(4)
+    kind_a, block_a, size_a = side_a[0], side_a[1], side_a[2]
+    kind_b, block_b, size_b = side_b[0], side_b[1], side_b[2]
+    # Bytes of eight values, which are fetched while eight others are added up.
+    ahead_a, ahead_b = 8 * size_a // block_a, 8 * size_b // block_b
+    largest, any_found = np.int32(0), False
+    for s in range(plan.shape[0]):
+        first_row, end_row, first_column, end_column = plan[s, 0], plan[s, 1], plan[s, 2], plan[s, 3]
+        width = end_column - first_column
+        sums[:] = 0.0
+        powers[:] = 0.0
+        energy, start = 0.0, 0
+        figures[s, 9] = -1.0
+        tallies[s, 10] = -1
+        same, above_small, above_medium, differs, near = 0, 0, 0, False, False
+        if side_a[3]:
+            _fill_square(side_a, raw_a, rows_a, plan[s], square_a, column, cells, quants, steps)
+        if side_b[3]:
+            energy += _fill_square(side_b, raw_b, rows_b, plan[s], square_b, column, cells, quants, steps)
+        r, c = first_row, first_column
+        while r < end_row:
+            count = 0
+            while count < _TILE and r < end_row:
+                length = min(_TILE - count, end_column - c)
+                at = (r - first_row) * width + c - first_column
+                if side_a[3]:
+                    a[count : count + length] = square_a[at : at + length]
+                else:
+                    place = base_a + _offset(side_a, rows_a, stride_a, r, c)
+                    decode(kind_a, block_a, size_a, place, length, to_a + 4 * count, cells, quants, steps)
+                if side_b[3]:
+                    b[count : count + length] = square_b[at : at + length]
+                else:
+                    place = base_b + _offset(side_b, rows_b, stride_b, r, c)
+                    energy += decode(
+                        kind_b, block_b, size_b, place, length, to_b + 4 * count, cells, quants, steps
+                    )
+                count += length
+                c += length
+                if c == end_column:
+                    c = first_column
+                    r += 1
+            padded = -(-count // STEP) * STEP
+            if side_b[6] == EXPONENT:
+                b[count:padded] = np.inf
+                add_powers(b, padded // STEP, np.int32(side_b[7]), powers)
+            a[count:padded] = 0.0
+            b[count:padded] = 0.0
+            # What comes next is fetched while this tile is added up.
+            next_a = base_a + _offset(side_a, rows_a, stride_a, r, c)
+            next_b = base_b + _offset(side_b, rows_b, stride_b, r, c)
+            add_sums(to_a, to_b, padded // 8, sums, next_a, ahead_a, next_b, ahead_b)
+            found, equal, small, medium, unlike, close = classify(to_a, to_b, count, padded)
+            same += equal
+            above_small += small
+            above_medium += medium
+            differs = differs or unlike
+            near = near or close
+            # Only a tile that may hold the largest difference of all is looked through. Which slabs are
+            # depends on where this call began, but not whether the one with the largest is.
+            if found > largest or found >= _INFINITE or (found == largest and (found > 0 or not any_found)):
+                if largest_of(a, b, count, start, figures[s], tallies[s]):
+                    any_found = True
+                if found < _INFINITE:
+                    largest = found
+            start += count
+        energy += ((powers[0] + powers[1]) + (powers[2] + powers[3])) * constants[0]
+        n = (end_row - first_row) * width
+        tallies[s, 0], tallies[s, 1] = n, same
+        tallies[s, 2], tallies[s, 3] = n - above_small, n - above_medium
+        tallies[s, 8] = 1 if differs else 0
+        tallies[s, 9] = 0 if _finish(sums, n, figures[s]) and not near else 1
+        figures[s, 10] = energy
+
+
+@device
+def _tile() -> Any:
+    """Room for a tile, at the start of a cache line: a vector that straddles two takes twice as long."""
+    room = np.empty(_TILE + 16, np.float32)
+    first = (-address_of(room) % 64) // 4
+    return room[first : first + _TILE]
+
+
+@device
+def _offset(side: Any, rows: Any, stride: int, r: int, c: int) -> Any:
+    """Byte of the stored value of canonical row `r`, column `c`; 0 behind the last row or if transposed."""
+    row = r - side[4]
+    if side[3] or row >= rows.size:
+        return np.int64(0)
+    return rows[row] * stride + (c - side[5]) // side[1] * side[2]
+
+
+@device
+def _fill_square(
+    side: Any, raw: Any, rows: Any, place: Any, square: Any, column: Any, cells: Any, quants: Any, steps: Any
+) -> Any:
+    """Decode columns, which are stored as rows, into the rows of a square."""
+    n_rows, width = place[1] - place[0], place[3] - place[2]
+    first = address_of(raw) + place[0] // side[1] * side[2]
+    energy = 0.0
+    for c in range(width):
+        stored = first + rows[place[2] + c] * raw.shape[1]
+        out = address_of(column)
+        energy += decode(side[0], side[1], side[2], stored, n_rows, out, cells, quants, steps)
         for r in range(n_rows):
-            x = a[r * columns : (r + 1) * columns]
-            y = b[r * columns : (r + 1) * columns]
-            _decode(format_a, raw_a, rows_a[first + r], quants_a, scales_a, mins_a, d_a, dmin_a, x)
-            _decode(format_b, raw_b, rows_b[first + r], quants_b, scales_b, mins_b, d_b, dmin_b, y)
-            expected += row_energy(
-                format_b[4], format_b[1], format_b[2], quants_b[0], scales_b[0], d_b[0], y, cells
-            )
-        # NaN fills the last tile: such pairs enter no sum.
-        padded = -(-count // TILE) * TILE
-        a[count:padded] = np.nan
-        b[count:padded] = np.nan
-        _compare_values(a, b, count, padded, figures[s], tallies[s])
-        figures[s, 10] = expected
+            square[r * width + c] = column[r]
+    return energy
 
 
 @device
-def _scratch(layout: Any, columns: int) -> Any:
-    """Room for one unpacked row."""
-    subs = columns // layout[1] if layout[1] > 0 else 0
-    blocks = columns // layout[2]
-    return (
-        np.zeros((1, columns), np.int8),
-        np.zeros((1, subs), np.int8),
-        np.zeros((1, subs), np.int8),
-        np.zeros((1, blocks), np.float32),
-        np.zeros((1, blocks), np.float32),
-    )
+def _finish(sums: Any, count: int, figures: Any) -> bool:
+    """Set the figures of a slab of `count` values from its sums.
 
-
-@device
-def _decode(
-    layout: Any, raw: Any, row: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any, out: Any
-) -> None:
-    """The values of a stored row."""
-    source = raw[row]
-    if layout[0] == _F32:
-        for i in range(out.size):
-            out[i] = bits_to_float(load_u32(source, 4 * i))
-    elif layout[0] == _BF16:
-        for i in range(out.size):
-            out[i] = bits_to_float(np.uint32(np.uint32(load_u16(source, 2 * i)) << np.uint32(16)))
-    elif layout[0] == _F16:
-        for i in range(out.size):
-            out[i] = _half(source, 2 * i)
-    else:
-        _unpack_rows(layout[0], raw, row, row + 1, quants, scales, mins, d, dmin)
-        _expand(layout[1], layout[2], layout[3], quants, scales, mins, d, dmin, out.reshape((1, out.size)))
-
-
-@device
-def _compare_values(a: Any, b: Any, count: int, padded: int, figures: Any, tallies: Any) -> None:
-    """Counts and sums of the first `count` values of a and b; NaN fills them up to `padded`."""
-    shift_a, shift_b = 0.0, 0.0
-    # Moments are taken about the first pair. Where that is an outlier it is part of the variance itself,
-    # so what cancels is at most `count` roundings.
-    for i in range(count):
-        if np.isfinite(a[i]) and np.isfinite(b[i]):
-            shift_a, shift_b = np.float64(a[i]), np.float64(b[i])
-            break
-    sums = np.zeros(SUMS * LANES)
-    counts = np.zeros(COUNTS * LANES, np.int64)
-    for start in range(0, padded, TILE):
-        add_tile(a, b, start, shift_a, shift_b, sums, counts)
-    totals = np.zeros(SUMS)
-    for i in range(SUMS):
-        for lane in range(LANES):
-            value = sums[i * LANES + lane]
-            totals[i] = max(totals[i], value) if i == SUMS - 1 else totals[i] + value
-    for i in range(4):
-        for lane in range(LANES):
-            tallies[i] += counts[i * LANES + lane]
-    for lane in range(LANES):
-        tallies[8] |= counts[4 * LANES + lane]
-    tallies[8] = 1 if tallies[8] != 0 else 0
-    if tallies[0] < count:
-        for i in range(count):
-            tallies[4] += 1 if np.isnan(a[i]) else 0
-            tallies[5] += 1 if np.isnan(b[i]) else 0
-            tallies[6] += 1 if np.isinf(a[i]) else 0
-            tallies[7] += 1 if np.isinf(b[i]) else 0
-    n = np.float64(tallies[0])
-    if n > 0:
-        x, y, xx, yy, xy = totals[0], totals[1], totals[2], totals[3], totals[4]
-        figures[0] = x + n * shift_a
-        figures[1] = y + n * shift_b
-        # One formula for the three: equal tensors give equal sums, and a cosine of exactly 1.
-        figures[2] = xx + (shift_a * x + shift_a * x) + n * (shift_a * shift_a)
-        figures[3] = yy + (shift_b * y + shift_b * y) + n * (shift_b * shift_b)
-        figures[4] = xy + (shift_a * y + shift_b * x) + n * (shift_a * shift_b)
-        figures[5] = totals[5]
-        figures[6] = totals[6]
-        figures[7] = max(xx - x * x / n, 0.0)
-        figures[8] = max(yy - y * y / n, 0.0)
-        figures[9] = totals[7]
+    Returns:
+        Whether they are sound: a value that is not finite leaves no finite sum of squares.
+    """
+    totals = np.zeros(N_SUMS)
+    for i in range(N_SUMS):
+        for lane in range(4):
+            totals[i] += sums[4 * i + lane]
+    sum_a, sum_b = totals[0], totals[1]
+    aa, bb, dd = totals[3] + totals[4], totals[5] + totals[6], totals[7] + totals[8]
+    n = np.float64(count)
+    figures[0], figures[1], figures[2], figures[3] = sum_a, sum_b, aa, bb
+    # As exact as a sum of products as long as a and b are of like size.
+    figures[4] = (aa + bb - dd) / 2.0
+    figures[5], figures[6] = totals[2], dd
+    figures[7], figures[8] = aa - sum_a * sum_a / n, bb - sum_b * sum_b / n
+    sound = np.isfinite(dd) and np.isfinite(aa) and np.isfinite(bb)
+    sound = sound and sum_a * sum_a <= _LEVEL * n * aa and sum_b * sum_b <= _LEVEL * n * bb
+    return bool(sound and max(aa, bb) <= _UNLIKE * min(aa, bb))

@@ -17,20 +17,19 @@ tensors fit Q8_0 exactly. Being below the prediction is therefore no sign of a f
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.kernels.formats import BlockFormat
-from driftscope.kernels.jit import bits_of, device
 from driftscope.kernels.unpack import E2M1_DOUBLED, IQ4_LEVELS
 
 NONE, EVEN, LEVELS, EXPONENT = range(4)
 """Where the cell of an element comes from: nowhere, one step a sub-block, its level, its exponent."""
 
 _MANTISSA_BITS = {"F16": 10, "BF16": 7}
-_SMALLEST_EXPONENT = {"F16": 113, "BF16": 1}  # biased as in f32; below it the step no longer shrinks
+_SMALLEST_EXPONENT = {"F16": 113, "BF16": 1}
 
 
 def cell_kind(layout: BlockFormat) -> int:
@@ -50,9 +49,8 @@ def cell_energies(layout: BlockFormat) -> NDArray[np.float64]:
     """
     kind = cell_kind(layout)
     if kind == EXPONENT:
-        smallest = _SMALLEST_EXPONENT[layout.name]
-        exponent = np.maximum(np.arange(256), smallest) - 127 - _MANTISSA_BITS[layout.name]
-        energies = np.ldexp(1.0, 2 * exponent) / 12.0
+        exponent = np.maximum(np.arange(256), smallest_exponent(layout)) - 127
+        energies = np.ldexp(power_energy(layout), 2 * exponent)
         energies[255] = 0.0  # infinities and NaNs
         return energies
     if kind == LEVELS:
@@ -66,54 +64,12 @@ def cell_energies(layout: BlockFormat) -> NDArray[np.float64]:
     return np.full(256, 1.0 / 12.0 if kind == EVEN else 0.0)
 
 
-@device
-def _exponent(value: Any) -> Any:
-    """The biased exponent of an f32."""
-    return (bits_of(value) >> np.uint32(23)) & np.uint32(255)
+def power_energy(layout: BlockFormat) -> float:
+    """The mean square error of a value of `EXPONENT`, in units of the square of its power of two."""
+    bits = _MANTISSA_BITS.get(layout.name)
+    return 0.0 if bits is None else math.ldexp(1.0, -2 * bits) / 12.0
 
 
-@device
-def row_energy(
-    kind: int, sub_block: int, block: int, quants: Any, scales: Any, d: Any, values: Any, cells: Any
-) -> Any:
-    """Expected error energy of one row: the sum over its elements; parts that are not finite add nothing.
-
-    Args:
-        kind: see `cell_kind`.
-        sub_block: values that share a scale.
-        block: values that share a `d`.
-        quants: int8[columns].
-        scales: int8[columns / sub_block].
-        d: f32[columns / block].
-        values: f32[columns], the values, for `EXPONENT`.
-        cells: f64[256], see `cell_energies`.
-    """
-    total = 0.0
-    if kind == EXPONENT:
-        # Four sums that do not wait for each other.
-        t0, t1, t2, t3 = 0.0, 0.0, 0.0, 0.0
-        whole = values.size // 4 * 4
-        for i in range(0, whole, 4):
-            t0 += cells[_exponent(values[i])]
-            t1 += cells[_exponent(values[i + 1])]
-            t2 += cells[_exponent(values[i + 2])]
-            t3 += cells[_exponent(values[i + 3])]
-        for i in range(whole, values.size):
-            t0 += cells[_exponent(values[i])]
-        total = (t0 + t1) + (t2 + t3)
-    elif kind != NONE:
-        for s in range(scales.size):
-            step = np.float64(d[s * sub_block // block]) * np.float64(scales[s])
-            within = 0.0
-            if kind == EVEN:
-                within = sub_block / 12.0
-            else:
-                t0, t1 = 0.0, 0.0
-                for i in range(s * sub_block, (s + 1) * sub_block, 2):
-                    t0 += cells[np.int64(quants[i]) + 128]
-                    t1 += cells[np.int64(quants[i + 1]) + 128]
-                within = t0 + t1
-            energy = step * step * within
-            if np.isfinite(energy):
-                total += energy
-    return total
+def smallest_exponent(layout: BlockFormat) -> int:
+    """The exponent, biased as in f32, below which the step of `EXPONENT` no longer shrinks; 0 for others."""
+    return _SMALLEST_EXPONENT.get(layout.name, 0)

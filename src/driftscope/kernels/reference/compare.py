@@ -17,6 +17,20 @@ _LEVELS = {
 _LEVELS["IQ4_XS"] = _LEVELS["IQ4_NL"]
 
 
+def canonical(
+    stored: NDArray[np.float32], rows: NDArray[np.int64] | None = None, *, transposed: bool = False
+) -> NDArray[np.float32]:
+    """The values of a tensor in canonical order.
+
+    Args:
+        stored: values of the stored rows.
+        rows: stored row of each canonical row, or of each canonical column if transposed.
+        transposed: stored rows are canonical columns.
+    """
+    ordered = stored if rows is None else stored[rows]
+    return np.ascontiguousarray(ordered.T if transposed else ordered)
+
+
 def compare(a: NDArray[np.float32], b: NDArray[np.float32]) -> dict[str, Any]:
     """The fields of `driftscope.kernels.compare.TensorComparison`, but for the expected energy."""
     both = (np.isfinite(a) & np.isfinite(b)).reshape(-1)
