@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from driftscope.errors import InputError
+
 if TYPE_CHECKING:
     import polars as pl
 
     from driftscope.artifacts.model import Artifact
+
+_MAX_TEXT_BYTES = 256 * 2**20
 
 
 class EvidenceReader(Protocol):
@@ -23,6 +27,9 @@ class EvidenceReader(Protocol):
 
     def document(self, name: str) -> dict[str, Any]:
         """Return the JSON document `name`."""
+
+    def text(self, name: str) -> str:
+        """Return the UTF-8 text file `name`."""
 
     def model(self, name: str) -> Artifact:
         """Open the model of a role's manifest: ``models/teacher.json`` or ``models/candidate.json``."""
@@ -87,6 +94,23 @@ class FolderReader:
         from driftscope.evidence.store import read_json
 
         return read_json(self.path(name))
+
+    def text(self, name: str) -> str:
+        """Return the UTF-8 text file `name`.
+
+        Raises:
+            InputError: it is missing, too large, or not UTF-8.
+        """
+        from driftscope.artifacts.files import regular_file_size
+
+        path = self.folder / name
+        size = regular_file_size(path)
+        if size > _MAX_TEXT_BYTES:
+            raise InputError(f"{path}: {size} bytes; expected a text of at most {_MAX_TEXT_BYTES}")
+        try:
+            return path.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: is not readable UTF-8 text: {error}") from error
 
     def model(self, name: str) -> Artifact:
         """Open the model of the manifest `name`.

@@ -12,6 +12,7 @@ from driftscope.falsifiers.reader import EvidenceReader
 MEASUREMENTS: dict[str, str] = {
     "acceptance": "driftscope.falsifiers.acceptance",
     "batch": "driftscope.falsifiers.batch",
+    "budget": "driftscope.falsifiers.budget",
     "chain": "driftscope.falsifiers.chain",
     "chat_template": "driftscope.falsifiers.chat_template",
     "code_completion": "driftscope.falsifiers.code_completion",
