@@ -15,8 +15,8 @@ from driftscope.kernels.parallel import over_rows
 # Bytes of quants that are unpacked at a time, to stay in the second-level cache.
 _SLAB_BYTES = 1 << 18
 
-# Tokens up to which rows are multiplied where they lie.
-_FEW = 4
+# Tokens up to which rows are multiplied where they lie: quants kept in 16 bits cost more to unpack.
+_FEW, _FEW_WORDS = 4, 8
 
 
 def multiply_integers(
@@ -33,7 +33,7 @@ def multiply_integers(
     shared = Shared.of(layout, activation)
     n_rows, n_columns = raw.shape[0], row_columns(layout.name, raw.shape[1])
     out = np.empty((activation.quants.shape[0], n_rows), np.float32)
-    if out.shape[0] <= _FEW and fits(layout, activation, shared, n_rows):
+    if out.shape[0] <= (_FEW if shared.steps else _FEW_WORDS) and fits(layout, activation, shared, n_rows):
         tokens = Tokens.of(activation, layout)
         over_rows(
             lambda first, end: dot_rows(tokens, raw, layout, first, end, out),

@@ -23,10 +23,21 @@ def matmul_quantized(
     x: NDArray[np.float32], raw: NDArray[np.uint8], dtype: str, activation: str
 ) -> NDArray[np.float32]:
     """``f32[n, r]`` with integer sums, for formats of integer blocks and an integer activation format."""
-    layout = format_of(dtype)
-    n, k = x.shape
-    r = raw.shape[0]
     q_x, d_x, s_x = quantize_activation(x, activation)
+    return multiply_integers(q_x, d_x, s_x if activation.startswith("q8_1") else None, raw, dtype)
+
+
+def multiply_integers(
+    q_x: NDArray[np.int64],
+    d_x: NDArray[np.float32],
+    s_x: NDArray[np.float32] | None,
+    raw: NDArray[np.uint8],
+    dtype: str,
+) -> NDArray[np.float32]:
+    """`matmul_quantized` from quants ``[n, k]``, scales and, for q8_1, scaled sums ``[n, blocks]``."""
+    layout = format_of(dtype)
+    n, k = q_x.shape
+    r = raw.shape[0]
     q_w, scales, mins, d_w, dmin = unpack(raw, dtype)
     size = min(layout.block_size, k // d_x.shape[1])
     blocks, subs = k // size, size // layout.sub_block
@@ -40,7 +51,7 @@ def matmul_quantized(
         for b in range(blocks):
             products = np.einsum("tsi,rsi,rs->tr", q_x[:, b], q_w[:, b], scales[:, b])
             term = d_w[:, b] * d_x[:, b, None] * products.astype(np.float32)
-            if layout.offset == "add" and activation.startswith("q8_1"):
+            if layout.offset == "add" and s_x is not None:
                 term = term + dmin[:, b] * s_x[:, b, None]
             elif layout.offset != "none":
                 sums = np.einsum("tsi,rs->tr", q_x[:, b], mins[:, b]).astype(np.float32)
