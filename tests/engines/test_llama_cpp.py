@@ -92,13 +92,15 @@ def kl(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return result
 
 
-def traced(path: Path, batch: TokenBatch, kv_type: str = "f32") -> dict[str, list[np.ndarray]]:
+def traced(
+    path: Path, batch: TokenBatch, kv_type: str = "f32", *, repack: bool = True
+) -> dict[str, list[np.ndarray]]:
     """Every tensor of llama.cpp's graph for the last sequence of the batch."""
     found: dict[str, list[np.ndarray]] = defaultdict(list)
     engine.logits(
         path,
         TokenBatch.of([batch.ids[batch.slices[-1]].tolist()]),
-        engine.LlamaCppOptions(kv_type=kv_type),
+        engine.LlamaCppOptions(kv_type=kv_type, repack=repack),
         observer=lambda name, array: found[name].append(array.copy()),
     )
     return found
@@ -109,27 +111,46 @@ def trace(candidate: Artifact, batch: TokenBatch) -> dict[str, list[np.ndarray]]
     return traced(candidate.path, batch)
 
 
-def test_every_matmul_is_llama_cpps(candidate: Artifact, trace: dict[str, list[np.ndarray]]) -> None:
-    """From llama.cpp's own input; the f32 path, for comparison, is off by the activation's rounding."""
-    weights = Weights(candidate)
+def test_every_matmul_is_llama_cpps(
+    candidate: Artifact,
+    batch: TokenBatch,
+    trace: dict[str, list[np.ndarray]],
+    record_property: pytest.RecordProperty,
+) -> None:
+    """From llama.cpp's own input; the f32 path, for comparison, is off by the activation's rounding.
+
+    With the weights repacked where llama.cpp has a layout for it, its default, and as they are stored.
+    How far the two routes are apart from one input (the first layer's, before they can differ) is recorded.
+    """
+    weights, config = Weights(candidate), candidate.config
     inputs = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "o": "kqv_out"}
     inputs |= {"gate": "ffn_norm", "up": "ffn_norm", "down": "ffn_swiglu"}
     outputs = {"q": "Qcur", "k": "Kcur", "v": "Vcur", "o": "attn_out"}
     outputs |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_out"}
-    for layer in LAYERS:
-        for site, source in inputs.items():
-            name, shape = site_tensor(candidate.config, layer, site), site_shape(candidate.config, site)
-            x, expected = trace[f"{source}-{layer}"][0], trace[f"{outputs[site]}-{layer}"][0]
-            order = candidate.tensors[name].row_order()
-            if order is not None:
-                expected = expected[:, order]
-            error = nmse(weights.matmul(x, name, shape, INT8), expected)
-            assert error <= 1e-12, (layer, site, error)
-            assert error * 1e4 <= nmse(weights.matmul(x, name, shape, F32), expected), (layer, site, error)
-    name = site_tensor(candidate.config, WHOLE_MODEL, "lm_head")
-    shape = site_shape(candidate.config, "lm_head")
-    found = weights.matmul(trace["result_norm"][0], name, shape, INT8)
-    assert nmse(found, trace["result_output"][0]) <= 1e-12
+    plain = traced(candidate.path, batch, repack=False)
+    for route, found in (("default", trace), ("stored", plain)):
+        errors = []
+        for layer in range(config.num_layers):
+            for site, source in inputs.items():
+                name, shape = site_tensor(config, layer, site), site_shape(config, site)
+                x, expected = found[f"{source}-{layer}"][0], found[f"{outputs[site]}-{layer}"][0]
+                order = candidate.tensors[name].row_order()
+                if order is not None:
+                    expected = expected[:, order]
+                errors.append(nmse(weights.matmul(x, name, shape, INT8), expected))
+                assert errors[-1] <= 1e-12, (route, layer, site, errors[-1])
+                if layer in LAYERS and found is trace:
+                    path_a = nmse(weights.matmul(x, name, shape, F32), expected)
+                    assert errors[-1] * 1e4 <= path_a, (layer, site, errors[-1])
+        name, shape = site_tensor(config, WHOLE_MODEL, "lm_head"), site_shape(config, "lm_head")
+        logits = weights.matmul(found["result_norm"][0], name, shape, INT8)
+        errors.append(nmse(logits, found["result_output"][0]))
+        assert errors[-1] <= 1e-12, (route, errors[-1])
+        record_property(f"nmse_from_{route}_route", max(errors))
+    assert np.array_equal(trace["attn_norm-0"][0], plain["attn_norm-0"][0])
+    apart = [nmse(trace[f"{outputs[site]}-0"][0], plain[f"{outputs[site]}-0"][0]) for site in "qkv"]
+    record_property("nmse_between_routes", max(apart))
+    assert max(apart) <= 1e-12
 
 
 def test_what_is_between_the_matmuls_is_llama_cpps(
