@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import transformers
 from tests.falsifiers.registered import CONTRACTS, NOWHERE, verdict
-from tests.falsifiers.small_case import CHATML, SmallCase, speaking_models
+from tests.falsifiers.small_case import CHATML, SmallCase, small_models, speaking_models
 
 from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.tokenizer import Tokenizer, load_tokenizer
@@ -79,6 +79,7 @@ def test_markers_that_are_read_as_text_change_the_verdict(
 def test_a_model_without_a_template_is_not_run(tmp_path: Path) -> None:
     assert judged(case(tmp_path, None))["verdict"] == "not-run"
     assert judged(NOWHERE)["verdict"] == "not-run"
+    assert judged(SmallCase(small_models(tmp_path / "mute")))["verdict"] == "not-run"
 
 
 def test_the_same_evidence_gives_the_same_bytes(tmp_path: Path) -> None:

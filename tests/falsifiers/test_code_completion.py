@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.falsifiers.registered import CONTRACTS, NOWHERE, verdict
-from tests.falsifiers.small_case import SmallCase, speaking_models
+from tests.falsifiers.small_case import SmallCase, small_models, speaking_models
 
 from driftscope.artifacts.tokenizer import Tokenizer, load_tokenizer
 from driftscope.contracts.loading import load_contract
@@ -98,6 +98,7 @@ def test_a_model_without_a_template_is_not_run(tmp_path: Path) -> None:
     assert document["verdict"] == "not-run"
     assert "no chat template" in document["found"]
     assert judged(NOWHERE)["verdict"] == "not-run"
+    assert judged(SmallCase(small_models(tmp_path / "mute")))["verdict"] == "not-run"
 
 
 def test_the_model_itself_is_asked(case: SmallCase) -> None:

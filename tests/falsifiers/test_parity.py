@@ -234,3 +234,25 @@ def test_a_single_wrong_token_is_no_near_tie(case: SmallCase, monkeypatch: pytes
     document = verdict("format-parity", "format-parity", measurement)
     assert document["verdict"] == "regime-dependent"
     assert "only in integer" in document["reason"]
+
+
+@pytest.mark.parametrize(
+    ("contract", "falsifier", "expected"),
+    [
+        ("parity-gate", "parity-one-token", "inadmissible"),
+        ("parity-gate", "parity-positions", "inadmissible"),
+        ("parity-gate", "parity-paths", "inadmissible"),
+        ("format-parity", "format-parity", "inadmissible"),
+    ],
+)
+def test_logits_that_are_not_finite_are_never_a_pass(
+    tmp_path: Path, contract: str, falsifier: str, expected: str
+) -> None:
+    models = small_models(tmp_path)
+    ref = models["candidate"].tensors["model.layers.1.mlp.up_proj.weight"]
+    with ref.file.open("r+b") as stream:
+        stream.seek(ref.offset)
+        stream.write(b"\xff\x7f" * (ref.nbytes // 2))
+    measurement = measured(falsifier, SmallCase(models), contract)
+    json.dumps(measurement, allow_nan=False)
+    assert verdict(contract, falsifier, measurement)["verdict"] == expected

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.falsifiers.registered import CONTRACTS, NOWHERE, verdict
-from tests.falsifiers.small_case import SmallCase, speaking_models
+from tests.falsifiers.small_case import SmallCase, small_models, speaking_models
 
 from driftscope.contracts.loading import load_contract
 from driftscope.errors import InputError
@@ -117,3 +118,9 @@ def test_the_same_evidence_gives_the_same_bytes(case: SmallCase) -> None:
 def test_a_bad_parameter_is_named(case: SmallCase, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         measured(case, **changes)
+
+
+def test_a_model_without_a_tokenizer_is_not_run(tmp_path: Path) -> None:
+    document = judged(SmallCase(small_models(tmp_path)))
+    assert document["verdict"] == "not-run"
+    assert "no tokenizer" in document["found"]

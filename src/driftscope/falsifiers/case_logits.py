@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ from driftscope.falsifiers.reader import EvidenceReader
 from driftscope.falsifiers.sampling import F64, parameter
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.policy import Choice, Policy
+
+if TYPE_CHECKING:
+    from driftscope.artifacts.model import Artifact
+    from driftscope.artifacts.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
 
@@ -31,6 +35,21 @@ def missing(names: list[str], evidence: EvidenceReader) -> dict[str, Any] | None
     if not absent:
         return None
     return {"status": "not-run", "reason": f"{', '.join(absent)} is not there"}
+
+
+def finite(*logits: F32) -> bool:
+    """Say whether all logits are finite: where one is not, no position can be compared."""
+    return all(bool(np.isfinite(array).all()) for array in logits)
+
+
+def tokenizer_of(artifact: Artifact) -> Tokenizer | None:
+    """Return a model's tokenizer; None where it carries none that can be used, which a model need not."""
+    from driftscope.artifacts.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(artifact)
+    except InputError:
+        return None
 
 
 def policy_of(path: str) -> Policy:

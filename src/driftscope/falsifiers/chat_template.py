@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from driftscope.falsifiers.case_logits import manifest, missing
+from driftscope.falsifiers.case_logits import manifest, missing, tokenizer_of
 from driftscope.falsifiers.reader import EvidenceReader
 from driftscope.falsifiers.sampling import F64, Resampling, generator, parameter, with_interval
 
@@ -81,14 +81,12 @@ def measure(
     absent = missing(inputs(parameters), evidence)
     if absent:
         return absent
-    from driftscope.artifacts.tokenizer import load_tokenizer
-
     resampling = Resampling.of(parameters)
     count = parameter(parameters, "conversations", int, least=1)
     published = [{"role": role, "content": parameter(parameters, role, str)} for role in ("system", "user")]
-    tokenizer = load_tokenizer(evidence.model(inputs(parameters)[0]))
-    template = tokenizer.chat_template
-    if template is None:
+    tokenizer = tokenizer_of(evidence.model(inputs(parameters)[0]))
+    template = None if tokenizer is None else tokenizer.chat_template
+    if tokenizer is None or template is None:
         return {"status": "not-run", "reason": "the model has no chat template"}
 
     def compare(template: str, conversations: list[Conversation]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from driftscope.artifacts.model import Artifact
 from driftscope.errors import InputError
-from driftscope.falsifiers.case_logits import manifest, missing, policy_of
+from driftscope.falsifiers.case_logits import manifest, missing, policy_of, tokenizer_of
 from driftscope.falsifiers.code_blocks import CodeBlock, code_blocks
 from driftscope.falsifiers.reader import EvidenceReader
 from driftscope.falsifiers.sampling import F64, Resampling, generator, parameter, rounded, with_interval
@@ -96,10 +96,9 @@ def _roles(parameters: Mapping[str, Any]) -> list[str]:
 def _complete(artifact: Artifact, path: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     from driftscope.artifacts.chat import render_chat
     from driftscope.artifacts.stop_tokens import stop_tokens
-    from driftscope.artifacts.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(artifact)
-    if tokenizer.chat_template is None:
+    tokenizer = tokenizer_of(artifact)
+    if tokenizer is None or tokenizer.chat_template is None:
         return None
     messages = [{"role": role, "content": parameter(parameters, role, str)} for role in ("system", "user")]
     prompt = render_chat(

@@ -16,6 +16,7 @@ from driftscope.falsifiers.case_logits import (
     PROMPTS,
     Difference,
     difference,
+    finite,
     manifest,
     missing,
     policy_of,
@@ -60,7 +61,8 @@ def measure(
         flips; `noise`, in logits, median over positions; `largest_margin`, the largest margin that flipped;
         `expected_flips` by the null model, independent normal noise of each position's size on the logits.
         `near_ties`: how often that noise turns margins of the published sizes around. `source`: logits that
-        differ between the teacher and the model that it was derived from, where the case has one.
+        differ between the teacher and the model that it was derived from, where the case has one. A regime
+        with logits that are not finite is left out.
     """
     absent = missing(inputs(parameters), evidence)
     if absent:
@@ -79,9 +81,12 @@ def measure(
         name: (along(parameter(regime, "a", str)), along(parameter(regime, "b", str)))
         for name, regime in regimes.items()
     }
+    pairs = {name: pair for name, pair in pairs.items() if finite(*pair)}
+    if not pairs:
+        return {"samples": 0, "regimes": {}, "controls": {}, "domain": []}
     found = {name: _metrics(a, b, seeds, resampling) for name, (a, b) in pairs.items()}
     base = next(iter(pairs.values()))[0]
-    first = parameter(next(iter(regimes.values())), "a", str)
+    first = parameter(regimes[next(iter(pairs))], "a", str)
     scale = float(np.median(base.astype(np.float64).std(axis=1)))
 
     def noisy(level: float, seed: int) -> F32:

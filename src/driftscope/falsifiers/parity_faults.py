@@ -15,6 +15,7 @@ from driftscope.falsifiers.case_logits import (
     F32,
     PROMPTS,
     difference,
+    finite,
     manifest,
     missing,
     policy_of,
@@ -60,7 +61,8 @@ def measure(
         smallest over positions; `cosine_last`, the smallest over the prompts' last positions;
         `same_argmax`, share of positions; `differing`, values that differ in a bit. And of the faulty
         ``int8-dot`` path against the sound ``f32`` path, `excess`: the error of the logits over that of
-        the sound ``int8-dot`` path, median over positions.
+        the sound ``int8-dot`` path, median over positions. No regime where the sound paths have logits that
+        are not finite.
     """
     absent = missing(inputs(parameters), evidence)
     if absent:
@@ -77,6 +79,8 @@ def measure(
     )
     exact = ForwardPass(case.artifacts, policy_of(f"{role}.f32")).run(case.batch)
     sound = ForwardPass(case.artifacts, case.path).run(case.batch)
+    if not finite(exact, sound):
+        return {"samples": 0, "set_up": set_up, "regimes": {}, "controls": {}, "domain": []}
     floor = difference(exact, sound).error
 
     def compare(faulty: F32) -> dict[str, Any]:

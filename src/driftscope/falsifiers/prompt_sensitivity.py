@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from driftscope.artifacts.model import Artifact
 from driftscope.errors import InputError
-from driftscope.falsifiers.case_logits import manifest, missing, policy_of
+from driftscope.falsifiers.case_logits import manifest, missing, policy_of, tokenizer_of
 from driftscope.falsifiers.reader import EvidenceReader
 from driftscope.falsifiers.sampling import F64, Resampling, generator, parameter, rounded, with_interval
 from driftscope.forward.generate import NOT_FINITE, Generation, generate
+
+if TYPE_CHECKING:
+    from driftscope.artifacts.tokenizer import Tokenizer
 
 _CONTROL_TOKENS = 8
 _DRAWN_VOCABULARY = 1000
@@ -54,7 +57,13 @@ def measure(
     prompts, limit = _texts(parameters, "prompts"), parameter(parameters, "new_tokens", int, least=1)
     if len(prompts) < 2:
         raise InputError("measurement parameter `prompts` has one text; expected at least two")
-    models = {role: _Model(evidence.model(manifest(role))) for role in _texts(parameters, "roles")}
+    models: dict[str, _Model] = {}
+    for role in _texts(parameters, "roles"):
+        artifact = evidence.model(manifest(role))
+        tokenizer = tokenizer_of(artifact)
+        if tokenizer is None:
+            return {"status": "not-run", "reason": f"the model {role} has no tokenizer that can be used"}
+        models[role] = _Model(artifact, tokenizer)
     found: dict[str, Any] = {}
     for name, regime in regimes.items():
         path = parameter(regime, "path", str)
@@ -100,12 +109,11 @@ def measure(
 class _Model:
     """A model with its tokenizer."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, tokenizer: Tokenizer) -> None:
         from driftscope.artifacts.stop_tokens import stop_tokens
-        from driftscope.artifacts.tokenizer import load_tokenizer
 
-        self._artifact, self._tokenizer = artifact, load_tokenizer(artifact)
-        self._stop = stop_tokens(artifact, self._tokenizer)
+        self._artifact, self._tokenizer = artifact, tokenizer
+        self._stop = stop_tokens(artifact, tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
         return self._tokenizer.encode(prompt, add_special=True)
