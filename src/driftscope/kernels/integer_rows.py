@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +43,7 @@ class Shared:
     @classmethod
     def of(cls, layout: BlockFormat, activation: QuantizedActivation) -> Shared:
         """For a weight format and an activation."""
-        size = min(layout.block_size, activation.block_size)
-        decoder = DECODERS[layout.name]
-        steps, bias = _steps(layout), _bias(decoder)
-        offset = NOTHING if steps == 0 else BIAS
-        if layout.offset != "none":
-            offset = SUMS if layout.offset == "add" and activation.s is not None else MINIMA
-        return cls(size, layout.sub_block, steps, offset, bias)
+        return _shared(layout.name, activation.block_size, activation.s is not None)
 
     @property
     def groups(self) -> int:
@@ -59,6 +54,17 @@ class Shared:
     def pairs(self) -> int:
         """Pairs of minima (or biases) a block."""
         return max(1, self.size // self.sub_block // 2)
+
+
+@functools.cache
+def _shared(name: str, activation_block: int, has_sums: bool) -> Shared:
+    layout = FORMATS[name]
+    steps = _steps(layout)
+    offset = BIAS if steps else NOTHING
+    if layout.offset != "none":
+        offset = SUMS if layout.offset == "add" and has_sums else MINIMA
+    size = min(layout.block_size, activation_block)
+    return Shared(size, layout.sub_block, steps, offset, _bias(DECODERS[name]))
 
 
 def _vnni() -> bool:
