@@ -306,12 +306,19 @@ def test_the_layout_in_memory_does_not_matter() -> None:
         assert np.array_equal(found, expected)
 
 
-def test_threads_do_not_change_the_bits() -> None:
-    q, k, v = normal(0, 33, 4 * 8), normal(1, 33, 2 * 8), normal(2, 33, 2 * 8)
-    options: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "scale": 0.5}
+def test_threads_do_not_change_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_GRAIN", 64)
+    monkeypatch.setattr(kernels, "_HEAD_GRAIN", 1)
+    q, k, v = normal(0, 33, 6 * 8), normal(1, 33, 2 * 8), normal(2, 33, 2 * 8)
+    options: dict[str, Any] = {"n_heads": 6, "n_kv_heads": 2, "scale": 0.5}
     one = kernels.attention(q, k, v, np.array([0, 5, 33]), **options)
     assert np.array_equal(one, kernels.attention(q, k, v, np.array([0, 5, 33]), threads=3, **options))
+    scores = kernels.attention_scores(q, k, **options)
+    assert np.array_equal(scores, kernels.attention_scores(q, k, threads=3, **options))
+    weights = kernels.attention_softmax(scores, n_heads=6, window=9)
+    assert np.array_equal(weights, kernels.attention_softmax(scores, n_heads=6, window=9, threads=3))
     assert np.array_equal(kernels.silu(q), kernels.silu(q, threads=3))
+    assert np.array_equal(kernels.gelu(q), kernels.gelu(q, threads=3))
 
 
 @kernel("void(R(float32, 1), R(float32, 2), int64, int64, int64, int64, float32[::1])")

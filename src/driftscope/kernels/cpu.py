@@ -29,8 +29,8 @@ class CpuKernels:
         self.rms_norm = forward.rms_norm
         self.rope_tables = forward.rope_tables
         self.rope = forward.rope
-        self.attention_scores = forward.attention_scores
-        self.attention_softmax = forward.attention_softmax
+        self.attention_scores = partial(forward.attention_scores, threads=threads)
+        self.attention_softmax = partial(forward.attention_softmax, threads=threads)
 
     def to_device(self, array: Any) -> Any:
         """The array itself."""

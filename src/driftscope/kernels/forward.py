@@ -26,6 +26,7 @@ F32 = NDArray[np.float32]
 
 # Values that are not worth another thread.
 _GRAIN = 1 << 18
+_HEAD_GRAIN = 1 << 22
 
 KV_TYPES = ("f32", "f16")
 """Types in which attention may hold its operands; see `attention`."""
@@ -232,8 +233,15 @@ def attention(
     def work(first: int, end: int) -> None:
         _attention(q, k, v, starts, n_heads, n_kv_heads, factor, window or 0, cap, half, first, end, out)
 
-    over_rows(work, n_heads * (starts.shape[0] - 1), threads=threads)
+    longest = int(np.diff(starts).max(initial=0))
+    grain = _heads_at_once(longest, q.shape[1] // n_heads)
+    over_rows(work, n_heads * (starts.shape[0] - 1), threads=threads, grain=grain)
     return out
+
+
+def _heads_at_once(length: int, head_dim: int) -> int:
+    """Heads whose products are worth a thread."""
+    return max(1, _HEAD_GRAIN // max(1, length * length * head_dim))
 
 
 def attention_scores(
@@ -245,6 +253,7 @@ def attention_scores(
     scale: float,
     soft_cap: float | None = None,
     kv_type: str = "f32",
+    threads: int = 1,
 ) -> F32:
     """Scores of one sequence, scaled and capped, before the mask: the bits that `attention` uses.
 
@@ -256,6 +265,7 @@ def attention_scores(
         scale: as in `attention`.
         soft_cap: as in `attention`.
         kv_type: as in `attention`.
+        threads: number of threads; the result does not depend on it.
 
     Returns:
         ``float32[t, n_heads * t]``: for each query, head by head, one score a key, keys to come included.
@@ -265,24 +275,36 @@ def attention_scores(
         q, k = to_f16(q), to_f16(k)
     q, k = np.ascontiguousarray(q), np.ascontiguousarray(k)
     out = np.empty((q.shape[0], n_heads * q.shape[0]), dtype=np.float32)
-    _scores(q, k, n_heads, n_kv_heads, np.float32(scale), float(soft_cap or 0.0), out)
+    factor, cap = np.float32(scale), float(soft_cap or 0.0)
+
+    def work(first: int, end: int) -> None:
+        _scores(q, k, n_heads, n_kv_heads, factor, cap, first, end, out)
+
+    grain = _heads_at_once(q.shape[0], q.shape[1] // n_heads)
+    over_rows(work, n_heads, threads=threads, grain=grain)
     return out
 
 
-def attention_softmax(scores: F32, *, n_heads: int, window: int | None = None) -> F32:
+def attention_softmax(scores: F32, *, n_heads: int, window: int | None = None, threads: int = 1) -> F32:
     """Softmax of the scores of one sequence under the causal mask, the same bits that `attention` uses.
 
     Args:
         scores: ``float32[t, n_heads * t]`` from `attention_scores`.
         n_heads: number of query heads.
         window: as in `attention`.
+        threads: number of threads; the result does not depend on it.
 
     Returns:
         ``float32[t, n_heads * t]``, zero where masked. With ``kv_type="f16"`` it is rounded to float16 only
         where it meets the values.
     """
     out = np.zeros(scores.shape, dtype=np.float32)
-    _softmax(np.ascontiguousarray(scores), n_heads, window or 0, out)
+    scores = np.ascontiguousarray(scores)
+
+    def work(first: int, end: int) -> None:
+        _softmax(scores, n_heads, window or 0, first, end, out)
+
+    over_rows(work, scores.shape[0], threads=threads, grain=max(1, _GRAIN // max(1, scores.shape[1])))
     return out
 
 
@@ -409,24 +431,25 @@ def _attention(  # type: ignore[no-untyped-def]
             out[begin + i, left:right] = sums[:head_dim]
 
 
-@kernel("void(R(float32, 2), R(float32, 2), int64, int64, float32, float64, float32[:, ::1])")
-def _scores(q, k, n_heads, n_kv_heads, scale, cap, out):  # type: ignore[no-untyped-def]
+@kernel("void(R(float32, 2), R(float32, 2), int64, int64, float32, float64, int64, int64, float32[:, ::1])")
+def _scores(q, k, n_heads, n_kv_heads, scale, cap, first_head, end_head, out):  # type: ignore[no-untyped-def]
     length = q.shape[0]
     head_dim = q.shape[1] // n_heads
     group = n_heads // n_kv_heads
-    for kv_head in range(n_kv_heads):
-        kt = _transposed(k, 0, length, kv_head, head_dim)
-        row = np.empty(kt.shape[1], dtype=np.float32)
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            for i in range(length):
-                _score_row(q[i, head * head_dim : (head + 1) * head_dim], kt, 0, length, scale, cap, row)
-                out[i, head * length : (head + 1) * length] = row[:length]
+    kt = _transposed(k, 0, length, first_head // group, head_dim)
+    row = np.empty(kt.shape[1], dtype=np.float32)
+    for head in range(first_head, end_head):
+        if head > first_head and head % group == 0:
+            kt = _transposed(k, 0, length, head // group, head_dim)
+        for i in range(length):
+            _score_row(q[i, head * head_dim : (head + 1) * head_dim], kt, 0, length, scale, cap, row)
+            out[i, head * length : (head + 1) * length] = row[:length]
 
 
-@kernel("void(R(float32, 2), int64, int64, float32[:, ::1])")
-def _softmax(scores, n_heads, window, out):  # type: ignore[no-untyped-def]
+@kernel("void(R(float32, 2), int64, int64, int64, int64, float32[:, ::1])")
+def _softmax(scores, n_heads, window, first_query, end_query, out):  # type: ignore[no-untyped-def]
     length = scores.shape[0]
-    for i in range(length):
+    for i in range(first_query, end_query):
         first = _first_key(i, window)
         for head in range(n_heads):
             left, right = head * length, (head + 1) * length
