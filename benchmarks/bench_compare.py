@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from driftscope.kernels.compare import compare
 from driftscope.kernels.parallel import over_rows
 
-PIECES, ROWS, COLUMNS, REPEATS = 12, 1024, 7168, 7
+PIECES, ROWS, COLUMNS, REPEATS = 24, 512, 7168, 7
 THREADS = (1, 2)
 _READ_AT_ONCE = 1 << 26
 

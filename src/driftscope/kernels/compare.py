@@ -485,10 +485,12 @@ def _compare_slabs(
     column = np.empty(_SQUARE, np.float32)
     sums = np.empty(N_SUMS * 4)
     powers = np.empty(4)
-    kind_a, block_a, size_a = side_a[0], side_a[1], side_a[2]
-    kind_b, block_b, size_b = side_b[0], side_b[1], side_b[2]
+    kind_a, block_a, size_a, transposed_a = side_a[0], side_a[1], side_a[2], side_a[3] != 0
+    kind_b, block_b, size_b, transposed_b = side_b[0], side_b[1], side_b[2], side_b[3] != 0
+    row_a, column_a, row_b, column_b = side_a[4], side_a[5], side_b[4], side_b[5]
     # Bytes of eight values, which are fetched while eight others are added up.
     ahead_a, ahead_b = 8 * size_a // block_a, 8 * size_b // block_b
+    powers_of_b, least = side_b[6] == EXPONENT, np.int32(side_b[7])
     largest, any_found = np.int32(0), False
     for s in range(plan.shape[0]):
         first_row, end_row, first_column, end_column = plan[s, 0], plan[s, 1], plan[s, 2], plan[s, 3]
@@ -509,15 +511,15 @@ def _compare_slabs(
             while count < _TILE and r < end_row:
                 length = min(_TILE - count, end_column - c)
                 at = (r - first_row) * width + c - first_column
-                if side_a[3]:
+                if transposed_a:
                     a[count : count + length] = square_a[at : at + length]
                 else:
-                    place = base_a + _offset(side_a, rows_a, stride_a, r, c)
+                    place = base_a + rows_a[r - row_a] * stride_a + (c - column_a) // block_a * size_a
                     decode(kind_a, block_a, size_a, place, length, to_a + 4 * count, cells, quants, steps)
-                if side_b[3]:
+                if transposed_b:
                     b[count : count + length] = square_b[at : at + length]
                 else:
-                    place = base_b + _offset(side_b, rows_b, stride_b, r, c)
+                    place = base_b + rows_b[r - row_b] * stride_b + (c - column_b) // block_b * size_b
                     energy += decode(
                         kind_b, block_b, size_b, place, length, to_b + 4 * count, cells, quants, steps
                     )
@@ -527,14 +529,19 @@ def _compare_slabs(
                     c = first_column
                     r += 1
             padded = -(-count // STEP) * STEP
-            if side_b[6] == EXPONENT:
-                b[count:padded] = np.inf
-                add_powers(b, padded // STEP, np.int32(side_b[7]), powers)
-            a[count:padded] = 0.0
-            b[count:padded] = 0.0
+            if powers_of_b:
+                for i in range(count, padded):
+                    b[i] = np.inf
+                add_powers(b, padded // STEP, least, powers)
+            for i in range(count, padded):
+                a[i] = 0.0
+                b[i] = 0.0
             # What comes next is fetched while this tile is added up.
-            next_a = base_a + _offset(side_a, rows_a, stride_a, r, c)
-            next_b = base_b + _offset(side_b, rows_b, stride_b, r, c)
+            next_a, next_b = base_a, base_b
+            if not transposed_a and r - row_a < rows_a.size:
+                next_a += rows_a[r - row_a] * stride_a + (c - column_a) // block_a * size_a
+            if not transposed_b and r - row_b < rows_b.size:
+                next_b += rows_b[r - row_b] * stride_b + (c - column_b) // block_b * size_b
             add_sums(to_a, to_b, padded // 8, sums, next_a, ahead_a, next_b, ahead_b)
             found, equal, small, medium, unlike, close = classify(to_a, to_b, count, padded)
             same += equal
@@ -565,15 +572,6 @@ def _tile() -> Any:
     room = np.empty(_TILE + 16, np.float32)
     first = (-address_of(room) % 64) // 4
     return room[first : first + _TILE]
-
-
-@device
-def _offset(side: Any, rows: Any, stride: int, r: int, c: int) -> Any:
-    """Byte of the stored value of canonical row `r`, column `c`; 0 behind the last row or if transposed."""
-    row = r - side[4]
-    if side[3] or row >= rows.size:
-        return np.int64(0)
-    return rows[row] * stride + (c - side[5]) // side[1] * side[2]
 
 
 @device
