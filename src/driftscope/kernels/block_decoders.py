@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from driftscope.kernels import ir
 from driftscope.kernels.ir import I8, I16, I32, Builder, Value, constant, vector
-from driftscope.kernels.unpack import E2M1_DOUBLED, IQ4_LEVELS
+
+# The 16 levels of IQ4_NL and IQ4_XS, and twice the 16 values of an E2M1 float (MXFP4).
+IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 Vectors = Callable[[Builder, Value], list[Value]]
 Integers = Callable[[Builder, Value], Value]

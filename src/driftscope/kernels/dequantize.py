@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.kernels.block_rows import fill
-from driftscope.kernels.float_vectors import widen_bf16, widen_f16
+from driftscope.kernels.float_vectors import (
+    scale_16,
+    scale_16_add,
+    scale_16_subtract,
+    widen_bf16,
+    widen_f16,
+)
 from driftscope.kernels.formats import BlockFormat, format_of, row_columns
 from driftscope.kernels.jit import kernel
 from driftscope.kernels.parallel import over_rows
 from driftscope.kernels.unpack import UnpackedRows, check_raw
-from driftscope.kernels.vectors import scale_16, scale_16_add, scale_16_subtract
 
 # Values unpacked at a time: small enough to stay in the second-level cache, large enough that the
 # calls from Python do not matter.
@@ -22,7 +26,6 @@ SLAB_VALUES = 1 << 16
 
 # How a kernel is told what `BlockFormat.offset` says.
 OFFSETS = {"none": 0, "subtract": 1, "add": 2}
-_OFFSETS = OFFSETS
 
 
 def dequantize(raw: NDArray[np.uint8], dtype: str, *, threads: int = 1) -> NDArray[np.float32]:
@@ -55,7 +58,7 @@ def dequantize(raw: NDArray[np.uint8], dtype: str, *, threads: int = 1) -> NDArr
         unpacked = UnpackedRows.empty(layout, min(slab, end - first), n_columns)
         for start in range(first, end, slab):
             stop = min(end, start + slab)
-            fill(unpacked, raw, start, stop)
+            unpacked.fill(raw, start, stop)
             expand(unpacked, out[start:stop])
 
     over_rows(work, raw.shape[0], threads=threads, grain=slab)

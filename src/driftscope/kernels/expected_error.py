@@ -22,8 +22,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.kernels.block_decoders import E2M1_DOUBLED, IQ4_LEVELS
 from driftscope.kernels.formats import BlockFormat
-from driftscope.kernels.unpack import E2M1_DOUBLED, IQ4_LEVELS
 
 NONE, EVEN, LEVELS, EXPONENT = range(4)
 """Where the cell of an element comes from: nowhere, one step a sub-block, its level, its exponent."""

@@ -1,6 +1,6 @@
 """Vector operations of the f32 products, written in LLVM's intermediate language.
 
-Plain vector instructions with no fast-math flag, as in `driftscope.kernels.vectors`: no fused
+Plain vector instructions with no fast-math flag: no fused
 multiply-add, so the results are the same on every host. Sixteen rows of weights lie side by side in a
 panel ``f32[k, LANES]``; a vector runs across rows and never along one.
 """
@@ -419,3 +419,33 @@ def _loop(builder: Any, count: Any, initial: list[Any], step: Any, unroll: int =
     builder.cbranch(builder.icmp_signed("<", following, count), body, done)
     builder.position_at_end(done)
     return values
+
+
+def _scale_16(how: str) -> Any:
+    def define(_context: Any, quants: Any, at: Any, scale: Any, shift: Any, out: Any, to: Any) -> Any:
+        result = types.void(quants, types.intp, types.float32, types.float32, out, types.intp)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            quants, at, scale, shift, out, to = arguments
+            source = _pointer(context, builder, signature.args[0], quants, at)
+            packed = _load(builder, source, ir.VectorType(_I8, 16), 1)
+            floats = builder.sitofp(packed, ir.VectorType(_FLOAT, 16))
+            values, shifts = builder.fmul(_splat(builder, scale, 16), floats), _splat(builder, shift, 16)
+            if how == "subtract":
+                values = builder.fsub(values, shifts)
+            if how == "add":
+                # Where both are NaN, ggml keeps the first; LLVM may swap the operands of a sum.
+                ordered = builder.fcmp_ordered("ord", values, values)
+                values = builder.select(ordered, builder.fadd(values, shifts), values)
+            _store(builder, values, _pointer(context, builder, signature.args[4], out, to), 4)
+            return context.get_dummy_value()
+
+        return result, generate
+
+    return intrinsic(define)
+
+
+# ``out[to + i] = scale * quants[at + i]``, then minus or plus `shift`, for 16 int8 quants.
+scale_16 = _scale_16("none")
+scale_16_subtract = _scale_16("subtract")
+scale_16_add = _scale_16("add")

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from driftscope.errors import InputError
 from driftscope.kernels.activations import RoundedActivation, quantize_activation
-from driftscope.kernels.block_rows import fill
 from driftscope.kernels.dequantize import OFFSETS, SLAB_VALUES, dequantize
 from driftscope.kernels.float_tiles import (
     FLOAT_KINDS,
@@ -111,7 +110,7 @@ def _blocks(
         rows = UnpackedRows.empty(layout, min(slab, -(-(end - first) // WIDTH) * WIDTH), n_columns)
         for start in range(first, end, slab):
             stop = min(end, start + slab)
-            fill(rows, raw, start, stop)
+            rows.fill(raw, start, stop)
             multiply_unpacked(
                 *(packed, x.shape[0], rows.quants, rows.scales, rows.mins, rows.d, rows.dmin),
                 *(layout.sub_block, layout.block_size, OFFSETS[layout.offset]),

@@ -1,4 +1,4 @@
-"""Unpack a row of a block format into small integers and their scales, one function a format.
+"""Unpack rows of a block format into small integers and their scales, one kernel a format.
 
 Everything else (dequantize, integer dot products) is the same for all formats once a row is unpacked:
 
@@ -11,6 +11,8 @@ Everything else (dequantize, integer dot products) is the same for all formats o
 The value of an element is ``(d * scale) * quant``, then ``- dmin * min`` or ``+ m`` as the format's
 `offset` says, each operation rounded to f32. Layouts: ggml-common.h and ggml-quants.c
 (``dequantize_row_*``).
+
+A job compiles and loads the kernels of its model's formats alone.
 """
 
 from __future__ import annotations
@@ -19,299 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba.core import types
 from numpy.typing import NDArray
 
+from driftscope.kernels import ir
+from driftscope.kernels.block_decoders import DECODERS, block_scales, half_at
 from driftscope.kernels.formats import FORMATS, BlockFormat, row_columns
-from driftscope.kernels.jit import bits_of, bits_to_float, device, kernel
-from driftscope.kernels.vectors import add_bits, split_nibbles
-
-_Q4_0 = FORMATS["Q4_0"].ggml_type
-_Q4_1 = FORMATS["Q4_1"].ggml_type
-_Q5_0 = FORMATS["Q5_0"].ggml_type
-_Q5_1 = FORMATS["Q5_1"].ggml_type
-_Q8_0 = FORMATS["Q8_0"].ggml_type
-_Q2_K = FORMATS["Q2_K"].ggml_type
-_Q3_K = FORMATS["Q3_K"].ggml_type
-_Q4_K = FORMATS["Q4_K"].ggml_type
-_Q5_K = FORMATS["Q5_K"].ggml_type
-_Q6_K = FORMATS["Q6_K"].ggml_type
-_Q8_K = FORMATS["Q8_K"].ggml_type
-_IQ4_NL = FORMATS["IQ4_NL"].ggml_type
-_IQ4_XS = FORMATS["IQ4_XS"].ggml_type
-_MXFP4 = FORMATS["MXFP4"].ggml_type
-
-# The 16 levels of IQ4_NL and IQ4_XS, and twice the 16 values of an E2M1 float (MXFP4).
-IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
-E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
-
-
-@device
-def _half(row: Any, at: int) -> Any:
-    """The f16 at byte `at` as f32. The shifted bits are the value times 2^-112, subnormals included."""
-    bits = np.uint32(np.uint32(row[at]) | (np.uint32(row[at + 1]) << np.uint32(8)))
-    magnitude = np.uint32(np.uint32(bits & np.uint32(0x7FFF)) << np.uint32(13))
-    if (bits & np.uint32(0x7C00)) == np.uint32(0x7C00):
-        magnitude |= np.uint32(0x7F800000)
-    else:
-        magnitude = bits_of(bits_to_float(magnitude) * np.float32(2.0**112))
-    return bits_to_float(np.uint32(magnitude | (np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))))
-
-
-@device
-def _single(row: Any, at: int) -> Any:
-    """The f32 at byte `at`."""
-    low = np.uint32(row[at]) | (np.uint32(row[at + 1]) << np.uint32(8))
-    high = np.uint32(row[at + 2]) | (np.uint32(row[at + 3]) << np.uint32(8))
-    return bits_to_float(np.uint32(low | (high << np.uint32(16))))
-
-
-@device
-def _e8m0_half(exponent: Any) -> Any:
-    """Half of the power of two that an E8M0 byte stands for (ggml_e8m0_to_fp32_half)."""
-    if exponent < 2:
-        return bits_to_float(np.uint32(np.uint32(0x00200000) << np.uint32(exponent)))
-    return bits_to_float(np.uint32(np.uint32(exponent - 1) << np.uint32(23)))
-
-
-@device
-def _levels(row: Any, at: int, quants: Any, to: int, levels: Any) -> None:
-    """As `split_nibbles`, through a table of levels."""
-    for i in range(16):
-        quants[to + i] = levels[row[at + i] & 15]
-        quants[to + 16 + i] = levels[row[at + i] >> 4]
-
-
-@device
-def _unpack_q4_0(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 18
-        d[b] = _half(row, at)
-        scales[b] = 1
-        split_nibbles(row, at + 2, quants, b * 32, b * 32 + 16, np.int8(8))
-
-
-@device
-def _unpack_q4_1(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 20
-        d[b] = _half(row, at)
-        dmin[b] = _half(row, at + 2)
-        scales[b] = 1
-        mins[b] = 1
-        split_nibbles(row, at + 4, quants, b * 32, b * 32 + 16, np.int8(0))
-
-
-@device
-def _unpack_q5_0(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 22
-        d[b] = _half(row, at)
-        scales[b] = 1
-        split_nibbles(row, at + 6, quants, b * 32, b * 32 + 16, np.int8(16))
-        add_bits(row, at + 2, quants, b * 32, np.int8(16))
-
-
-@device
-def _unpack_q5_1(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 24
-        d[b] = _half(row, at)
-        dmin[b] = _half(row, at + 2)
-        scales[b] = 1
-        mins[b] = 1
-        split_nibbles(row, at + 8, quants, b * 32, b * 32 + 16, np.int8(0))
-        add_bits(row, at + 4, quants, b * 32, np.int8(16))
-
-
-@device
-def _unpack_q8_0(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 34
-        d[b] = _half(row, at)
-        scales[b] = 1
-        for i in range(32):
-            quants[b * 32 + i] = np.int8(row[at + 2 + i])
-
-
-@device
-def _unpack_q2_k(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 84
-        for s in range(16):
-            scales[b * 16 + s] = row[at + s] & 15
-            mins[b * 16 + s] = row[at + s] >> 4
-        for half in range(2):
-            for j in range(4):
-                for i in range(32):
-                    value = (row[at + 16 + half * 32 + i] >> (2 * j)) & 3
-                    quants[b * 256 + half * 128 + j * 32 + i] = value
-        d[b] = _half(row, at + 80)
-        dmin[b] = _half(row, at + 82)
-
-
-@device
-def _unpack_q3_k(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 110
-        for half in range(2):
-            for j in range(4):
-                for i in range(32):
-                    low = np.int8((row[at + 32 + half * 32 + i] >> (2 * j)) & 3)
-                    # The third bit is stored inverted: a cleared bit means minus 4.
-                    high = np.int8((row[at + i] >> (half * 4 + j)) & 1)
-                    quants[b * 256 + half * 128 + j * 32 + i] = low + np.int8(4) * high - np.int8(4)
-        for s in range(16):
-            low4 = (row[at + 96 + (s & 7)] >> (4 * (s >> 3))) & 15
-            high2 = (row[at + 104 + (s & 3)] >> (2 * (s >> 2))) & 3
-            scales[b * 16 + s] = np.int8(low4 | (high2 << 4)) - np.int8(32)
-        d[b] = _half(row, at + 108)
-
-
-@device
-def _scales_and_mins(row: Any, at: int, scales: Any, mins: Any, to: int) -> None:
-    """The eight 6-bit scales and minima of Q4_K and Q5_K, from 12 bytes (get_scale_min_k4)."""
-    for s in range(4):
-        scales[to + s] = row[at + s] & 63
-        mins[to + s] = row[at + 4 + s] & 63
-        scales[to + 4 + s] = (row[at + 8 + s] & 15) | ((row[at + s] >> 6) << 4)
-        mins[to + 4 + s] = (row[at + 8 + s] >> 4) | ((row[at + 4 + s] >> 6) << 4)
-
-
-@device
-def _unpack_q4_k(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 144
-        d[b] = _half(row, at)
-        dmin[b] = _half(row, at + 2)
-        _scales_and_mins(row, at + 4, scales, mins, b * 8)
-        for j in range(4):
-            low, to = at + 16 + j * 32, b * 256 + j * 64
-            split_nibbles(row, low, quants, to, to + 32, np.int8(0))
-            split_nibbles(row, low + 16, quants, to + 16, to + 48, np.int8(0))
-
-
-@device
-def _unpack_q5_k(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 176
-        d[b] = _half(row, at)
-        dmin[b] = _half(row, at + 2)
-        _scales_and_mins(row, at + 4, scales, mins, b * 8)
-        for j in range(4):
-            low, to = at + 48 + j * 32, b * 256 + j * 64
-            for i in range(32):
-                high = row[at + 16 + i] >> (2 * j)
-                quants[to + i] = (row[low + i] & 15) | ((high & 1) << 4)
-                quants[to + 32 + i] = (row[low + i] >> 4) | ((high & 2) << 3)
-
-
-@device
-def _unpack_q6_k(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 210
-        for half in range(2):
-            low = at + half * 64
-            high = at + 128 + half * 32
-            to = b * 256 + half * 128
-            for i in range(32):
-                top = row[high + i]
-                quants[to + i] = np.int8((row[low + i] & 15) | ((top & 3) << 4)) - np.int8(32)
-                quants[to + 32 + i] = np.int8((row[low + 32 + i] & 15) | ((top & 12) << 2)) - np.int8(32)
-                quants[to + 64 + i] = np.int8((row[low + i] >> 4) | (top & 48)) - np.int8(32)
-                quants[to + 96 + i] = np.int8((row[low + 32 + i] >> 4) | ((top & 192) >> 2)) - np.int8(32)
-        for s in range(16):
-            scales[b * 16 + s] = np.int8(row[at + 192 + s])
-        d[b] = _half(row, at + 208)
-
-
-@device
-def _unpack_q8_k(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 292
-        d[b] = _single(row, at)
-        for s in range(8):
-            scales[b * 8 + s] = 1
-        for i in range(256):
-            quants[b * 256 + i] = np.int8(row[at + 4 + i])
-
-
-@device
-def _unpack_iq4_nl(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 18
-        d[b] = _half(row, at)
-        scales[b] = 1
-        _levels(row, at + 2, quants, b * 32, IQ4_LEVELS)
-
-
-@device
-def _unpack_iq4_xs(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 136
-        d[b] = _half(row, at)
-        for s in range(8):
-            low4 = (row[at + 4 + (s >> 1)] >> (4 * (s & 1))) & 15
-            high2 = (row[at + 2 + (s >> 2)] >> (2 * (s & 3))) & 3
-            scales[b * 8 + s] = np.int8(low4 | (high2 << 4)) - np.int8(32)
-            _levels(row, at + 8 + s * 16, quants, b * 256 + s * 32, IQ4_LEVELS)
-
-
-@device
-def _unpack_mxfp4(row: Any, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
-    for b in range(d.size):
-        at = b * 17
-        d[b] = _e8m0_half(row[at])
-        scales[b] = 1
-        _levels(row, at + 1, quants, b * 32, E2M1_DOUBLED)
-
-
-@kernel("void(int64, R(uint8, 2), int64, int64, int8[:,::1], int8[:,::1], int8[:,::1], f4[:,::1], f4[:,::1])")
-def unpack_rows(
-    ggml_type: int,
-    raw: Any,
-    first: int,
-    end: int,
-    quants: Any,
-    scales: Any,
-    mins: Any,
-    d: Any,
-    dmin: Any,
-) -> None:
-    """Unpack rows ``first..end`` of `raw` into rows ``0..`` of the outputs.
-
-    Outputs must be zeroed by the caller where the format does not write them (`mins`, `dmin`).
-    """
-    for r in range(first, end):
-        row = raw[r]
-        o = r - first
-        if ggml_type == _Q4_0:
-            _unpack_q4_0(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q4_1:
-            _unpack_q4_1(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q5_0:
-            _unpack_q5_0(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q5_1:
-            _unpack_q5_1(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q8_0:
-            _unpack_q8_0(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q2_K:
-            _unpack_q2_k(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q3_K:
-            _unpack_q3_k(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q4_K:
-            _unpack_q4_k(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q5_K:
-            _unpack_q5_k(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q6_K:
-            _unpack_q6_k(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _Q8_K:
-            _unpack_q8_k(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _IQ4_NL:
-            _unpack_iq4_nl(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _IQ4_XS:
-            _unpack_iq4_xs(row, quants[o], scales[o], mins[o], d[o], dmin[o])
-        elif ggml_type == _MXFP4:
-            _unpack_mxfp4(row, quants[o], scales[o], mins[o], d[o], dmin[o])
+from driftscope.kernels.ir import I8, Builder, Value
+from driftscope.kernels.jit import intrinsic, kernel
 
 
 @dataclass(frozen=True)
@@ -349,9 +66,8 @@ class UnpackedRows:
 
     def fill(self, raw: NDArray[np.uint8], first: int, end: int) -> None:
         """Unpack rows ``first..end`` of `raw` into rows ``0..end-first``."""
-        unpack_rows(
-            self.layout.ggml_type, raw, first, end, self.quants, self.scales, self.mins, self.d, self.dmin
-        )
+        unpack = _UNPACK[self.layout.name]
+        unpack(raw, first, end, self.quants, self.scales, self.mins, self.d, self.dmin)
 
 
 def check_raw(raw: NDArray[np.uint8], dtype: str) -> tuple[NDArray[np.uint8], int]:
@@ -359,3 +75,198 @@ def check_raw(raw: NDArray[np.uint8], dtype: str) -> tuple[NDArray[np.uint8], in
     if raw.ndim != 2 or raw.dtype != np.uint8:
         raise ValueError(f"raw bytes must be uint8[rows, row_bytes], not {raw.dtype}{list(raw.shape)}")
     return np.ascontiguousarray(raw), row_columns(dtype, raw.shape[1])
+
+
+def _unpack_block(name: str) -> Any:
+    """An intrinsic that unpacks one block."""
+    layout, decoder = FORMATS[name], DECODERS[name]
+    subs = layout.block_size // layout.sub_block
+
+    def define(
+        _context: Any,
+        raw: Any,
+        at: Any,
+        block: Any,
+        quants: Any,
+        scales: Any,
+        mins: Any,
+        d: Any,
+        dmin: Any,
+    ) -> Any:
+        result = types.void(raw, types.intp, types.intp, quants, scales, mins, d, dmin)
+
+        def generate(context: Any, builder: Builder, signature: Any, arguments: Any) -> Any:
+            block = arguments[2]
+
+            def target(which: int, each: int) -> Value:
+                index = builder.mul(block, block.type(each))
+                return ir.element(context, builder, signature.args[which], arguments[which], index)
+
+            source = ir.element(context, builder, signature.args[0], arguments[0], arguments[1])
+            to = target(3, layout.block_size)
+            for i, part in enumerate(decoder.quants(builder, source)):
+                biased = builder.sub(part, ir.constant(I8, decoder.bias, 32)) if decoder.bias else part
+                ir.store(builder, biased, ir.offset(builder, to, 32 * i))
+            bytes_of = ir.vector(I8, subs)
+            one = ir.constant(I8, 1, subs)
+            scale = builder.trunc(decoder.scales(builder, source), bytes_of) if decoder.scales else one
+            ir.store(builder, scale, target(4, subs))
+            if decoder.dmin >= 0:
+                least = builder.trunc(decoder.mins(builder, source), bytes_of) if decoder.mins else one
+                ir.store(builder, least, target(5, subs))
+                ir.store(builder, half_at(builder, [source], decoder.dmin), target(7, 1))
+            ir.store(builder, block_scales(builder, decoder, [source]), target(6, 1))
+            return context.get_dummy_value()
+
+        return result, generate
+
+    return intrinsic(define)
+
+
+_block_q4_0 = _unpack_block("Q4_0")
+_block_q4_1 = _unpack_block("Q4_1")
+_block_q5_0 = _unpack_block("Q5_0")
+_block_q5_1 = _unpack_block("Q5_1")
+_block_q8_0 = _unpack_block("Q8_0")
+_block_q2_k = _unpack_block("Q2_K")
+_block_q3_k = _unpack_block("Q3_K")
+_block_q4_k = _unpack_block("Q4_K")
+_block_q5_k = _unpack_block("Q5_K")
+_block_q6_k = _unpack_block("Q6_K")
+_block_q8_k = _unpack_block("Q8_K")
+_block_iq4_nl = _unpack_block("IQ4_NL")
+_block_iq4_xs = _unpack_block("IQ4_XS")
+_block_mxfp4 = _unpack_block("MXFP4")
+
+# Each kernel takes raw, its rows first..end, and the arrays of `UnpackedRows`.
+_SIGNATURE = "void(R(uint8, 2), int64, int64, int8[:,::1], int8[:,::1], int8[:,::1], f4[:,::1], f4[:,::1])"
+
+
+@kernel(_SIGNATURE)
+def _q4_0(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 18
+        _block_q4_0(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q4_1(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 20
+        _block_q4_1(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q5_0(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 22
+        _block_q5_0(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q5_1(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 24
+        _block_q5_1(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q8_0(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 34
+        _block_q8_0(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q2_k(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 84
+        _block_q2_k(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q3_k(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 110
+        _block_q3_k(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q4_k(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 144
+        _block_q4_k(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q5_k(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 176
+        _block_q5_k(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q6_k(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 210
+        _block_q6_k(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _q8_k(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 292
+        _block_q8_k(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _iq4_nl(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 18
+        _block_iq4_nl(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _iq4_xs(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 136
+        _block_iq4_xs(raw, at, block, quants, scales, mins, d, dmin)
+
+
+@kernel(_SIGNATURE)
+def _mxfp4(raw: Any, first: int, end: int, quants: Any, scales: Any, mins: Any, d: Any, dmin: Any) -> None:
+    blocks = d.shape[1]
+    for block in range((end - first) * blocks):
+        at = first * raw.shape[1] + block * 17
+        _block_mxfp4(raw, at, block, quants, scales, mins, d, dmin)
+
+
+_UNPACK = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "Q8_K": _q8_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
+}
