@@ -7,6 +7,9 @@ import hashlib
 import pytest
 from tests.workflow.case import MODEL, Case, jobs_planned, jobs_run, one_line, tiny_model_tensors, write_model
 
+from driftscope.contracts.loading import load_contracts
+from driftscope.falsifiers.registry import measurement_module
+
 pytestmark = pytest.mark.slow
 
 JUDGED_AGAIN = {
@@ -82,7 +85,17 @@ def test_a_changed_model_stops_until_it_is_locked_and_then_runs_all_that_reads_i
     models = {"fetch": 1, "derive": 2, "prompts": 1, "sweep_shard": 2, "sweep": 1, "weights": 1}
     traces = {"trace_chunk": 6, "trace": 3, "divergence_chunk": 2, "divergence": 1, "admissibility": 1}
     energies = {"base_pass": 3, "counterfactuals": 2, "decompose": 1, "impact": 1, "fix_scope": 1}
-    # The chain reads no model.
-    judged = {"measure": 1, "judge": 1, "gates": 1, "published": 1, "report": 1}
+    # A measurement that draws all it measures reads no model.
+    affected = _measurements_that_read_evidence(case)
+    judged = {"measure": affected, "judge": affected, "gates": 1, "published": 1, "report": 1}
     assert jobs_planned(done) == models | traces | energies | judged
     assert case.evidence() == before
+
+
+def _measurements_that_read_evidence(case: Case) -> int:
+    asked = [
+        falsifier.measurement
+        for item in load_contracts([case.folder / "contracts"])
+        for falsifier in item.contract.falsifiers
+    ]
+    return sum(bool(measurement_module(item.name).inputs(item.parameters)) for item in asked)
