@@ -15,6 +15,9 @@ from driftscope.kernels.parallel import over_rows
 # Bytes of quants that are unpacked at a time, to stay in the second-level cache.
 _SLAB_BYTES = 1 << 18
 
+# Multiply-adds below which a range of rows is not worth handing to another thread: about 80 microseconds.
+_RANGE = 1 << 21
+
 # Tokens up to which rows are multiplied where they lie: quants kept in 16 bits cost more to unpack.
 _FEW, _FEW_WORDS = 4, 8
 
@@ -35,11 +38,12 @@ def multiply_integers(
     out = np.empty((activation.quants.shape[0], n_rows), np.float32)
     if out.shape[0] <= (_FEW if shared.steps else _FEW_WORDS) and fits(layout, activation, shared, n_rows):
         tokens = Tokens.of(activation, layout)
+        grain = max(64, _RANGE // (n_columns * out.shape[0]) // 8 * 8)
         over_rows(
             lambda first, end: dot_rows(tokens, raw, layout, first, end, out),
             n_rows,
             threads=threads,
-            grain=64,
+            grain=grain,
         )
         return out
     panels = pack(activation, shared)

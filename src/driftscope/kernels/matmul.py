@@ -160,7 +160,8 @@ def matmul_quantized(
     check_factor(x, n_columns)
     if activation is None and not layout.native:
         raise InputError(f"there is no integer dot product for {dtype}: choose a float activation format")
-    quantized = quantize_activation(x, layout.activation if activation is None else activation)
+    fmt = layout.activation if activation is None else activation
+    quantized = quantize_activation(x, fmt, threads=threads)
     if isinstance(quantized, RoundedActivation):
         return matmul_f32_quantized(quantized.values, raw, dtype, threads=threads)
     if not layout.is_integer:
