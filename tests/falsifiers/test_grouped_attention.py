@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,17 @@ from tests.falsifiers.registered import CONTRACTS, NOWHERE, verdict
 from driftscope.contracts.loading import load_contract
 from driftscope.errors import InputError
 from driftscope.falsifiers import grouped_attention as module
+from driftscope.falsifiers.reader import FolderReader
 from driftscope.kernels.forward import attention
 
 NAME = "grouped-attention"
 
 
-def _measured(**changes: Any) -> dict[str, Any]:
+def _measured(evidence: FolderReader = NOWHERE, **changes: Any) -> dict[str, Any]:
     """The registered measurement over a shorter cache and one seed."""
     asked = load_contract(CONTRACTS / f"{NAME}.yaml").falsifier(NAME).measurement
     parameters = {**asked.parameters, "tokens": 24, "resamples": 100, **changes}
-    return module.measure(parameters, asked.regimes, [1, 2], NOWHERE)
+    return module.measure(parameters, asked.regimes, [1, 2], evidence)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +128,7 @@ def test_the_bound_holds_where_the_softmax_is_peaked_and_where_values_cancel() -
 def test_cuda_is_measured_or_said_not_to_be_there(
     measurement: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "why_not_cuda", lambda: "no card")
-    assert _measured()["devices"] == {"cuda": {"status": "not present"}}
+    assert measurement["devices"] == {"cuda": {"status": "not asked for"}}
 
     class Card:
         """The CPU's kernel under a card's interface."""
@@ -140,9 +141,8 @@ def test_cuda_is_measured_or_said_not_to_be_there(
         def attention(self, *arguments: Any, **options: Any) -> Any:
             return attention(*arguments, **options)
 
-    monkeypatch.setattr(module, "why_not_cuda", lambda: "")
     monkeypatch.setattr(module, "kernels_on", lambda device: Card())
-    found = _measured()["devices"]["cuda"]
+    found = _measured(FolderReader(Path("/nonexistent"), "cuda"))["devices"]["cuda"]
     assert found["status"] == "measured"
     assert found["7-to-1"]["wrong_heads"] == 0
     assert found["7-to-1"]["error"]["value"] < 1.0

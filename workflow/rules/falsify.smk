@@ -16,14 +16,16 @@ rule measure:
     resources:
         mem_mb=2000,
         runtime=30,
+        gpu=lambda wildcards: CASE.measurement_gpus(wildcards.falsifier),
     params:
         results=lambda wildcards: RESULTS,
         contract=lambda wildcards: CASE.contract_file(wildcards.falsifier),
         measurement=lambda wildcards: CASE.measurement_digest(wildcards.falsifier),
+        device=lambda wildcards: CASE.measurement_device(wildcards.falsifier),
         code=code_digest("measure"),
     shell:
         "driftscope falsify {params.contract:q} {wildcards.falsifier} --results {params.results}"
-        " --out {output} 2> {log}"
+        " --out {output} --device {params.device} 2> {log}"
 
 
 rule judge:

@@ -182,12 +182,16 @@ def gate(
 
 @app.command()
 def falsify(
-    contract: Path, falsifier: str, results: Results, out: Annotated[Path, typer.Option("--out", "-o")]
+    contract: Path,
+    falsifier: str,
+    results: Results,
+    out: Annotated[Path, typer.Option("--out", "-o")],
+    device: Device = "cpu",
 ) -> None:
     """Measure one falsifier of a contract; nothing is judged."""
     from driftscope.stages.falsify import measure
 
-    measure(contract, falsifier, results, out)
+    measure(contract, falsifier, results, out, device)
 
 
 @app.command()

@@ -82,8 +82,14 @@ def inputs_of(contract_path: Path, falsifier_id: str) -> list[str]:
     return measurement_module(falsifier.measurement.name).inputs(falsifier.measurement.parameters)
 
 
-def measure(contract_path: Path, falsifier_id: str, results: Path) -> dict[str, Any]:
+def measure(contract_path: Path, falsifier_id: str, results: Path, device: str = "cpu") -> dict[str, Any]:
     """Measure one falsifier on the evidence of a results folder.
+
+    Args:
+        contract_path: the contract file.
+        falsifier_id: one of its falsifiers.
+        results: the results folder.
+        device: ``cpu`` or ``cuda``; see `driftscope.falsifiers.registry.ON_DEVICE`.
 
     Returns:
         What its measurement gives, with `falsifier`, `name` and `measurement` (the digest of what was
@@ -99,7 +105,7 @@ def measure(contract_path: Path, falsifier_id: str, results: Path) -> dict[str, 
     asked = falsifier.measurement
     try:
         document = measurement_module(asked.name).measure(
-            asked.parameters, asked.regimes, asked.seeds, FolderReader(results)
+            asked.parameters, asked.regimes, asked.seeds, FolderReader(results, device)
         )
     except InputError as error:
         raise InputError(f"falsifier {falsifier_id}: {error}") from error

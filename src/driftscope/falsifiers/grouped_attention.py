@@ -12,7 +12,7 @@ from driftscope.errors import InputError
 from driftscope.falsifiers.reader import EvidenceReader
 from driftscope.falsifiers.sampling import F64, Resampling, generator, parameter, rounded, with_interval
 from driftscope.kernels.cached_attention import KeyValueCache, cached_attention
-from driftscope.kernels.device import kernels_on, why_not_cuda
+from driftscope.kernels.device import kernels_on
 from driftscope.kernels.forward import attention
 
 F32 = NDArray[np.float32]
@@ -42,7 +42,7 @@ def measure(
         parameters: `tokens` in the cache, `resamples`, `confidence`.
         regimes: name to `heads`, `kv_heads`, `head_dim`.
         seeds: each draws q, k and v, with a flat and with a peaked softmax.
-        evidence: not read.
+        evidence: gives the device.
 
     Returns:
         In each regime: `wrong_heads`, query heads that read keys or values of another head than
@@ -50,7 +50,7 @@ def measure(
         `error`, the largest error over its bound (see `_error_bound`), mean over draws; `largest_error`, the
         largest of all; `absolute`, the largest errors of the first, the second and the last tokens;
         `cached_differs`, values of the last tokens that differ in a bit when they are attended over a
-        cache. `devices` has the same of CUDA, or says that it is not present.
+        cache. `devices` has the same of CUDA where the case runs there.
     """
     tokens = parameter(parameters, "tokens", int, least=8)
     resampling = Resampling.of(parameters)
@@ -68,7 +68,7 @@ def measure(
             name: compare(kernel, shape, seeds) | {"cached_differs": _cached_differs(shape, tokens, seeds[0])}
             for name, shape in shapes.items()
         },
-        "devices": _devices(compare, shapes, few),
+        "devices": _devices(compare, shapes, few, evidence.device),
         "controls": {
             "other-order": compare(_reversed_keys, first, few),
             "modulo-map": compare(_modulo, first, few),
@@ -263,10 +263,11 @@ def _devices(
     compare: Callable[[Attend, tuple[int, int, int], Sequence[int]], dict[str, Any]],
     shapes: Mapping[str, tuple[int, int, int]],
     seeds: Sequence[int],
+    device: str,
 ) -> dict[str, Any]:
-    """Measure the CUDA kernel where there is one. The reason why not is the host's, so it is not given."""
-    if why_not_cuda():
-        return {"cuda": {"status": "not present"}}
+    """Measure the CUDA kernel where the case runs on CUDA."""
+    if device != "cuda":
+        return {"cuda": {"status": "not asked for"}}
     card = kernels_on("cuda")
 
     def attend(q: F32, k: F32, v: F32, heads: int, kv_heads: int, scale: float) -> F32:

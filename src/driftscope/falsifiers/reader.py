@@ -17,7 +17,13 @@ _MAX_TEXT_BYTES = 256 * 2**20
 
 
 class EvidenceReader(Protocol):
-    """Where a measurement gets its evidence from."""
+    """Where a measurement gets its evidence from.
+
+    Attributes:
+        device: ``cuda`` where the case runs on a GPU, else ``cpu``; whether a host has one decides nothing.
+    """
+
+    device: str
 
     def has(self, name: str) -> bool:
         """Say whether the evidence file `name`, relative to the results folder, is there."""
@@ -54,8 +60,9 @@ def manifest_of(name: str, pair: Mapping[str, str]) -> str:
 class FolderReader:
     """Evidence in a results folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder = folder
+        self.device = device
 
     def path(self, name: str) -> Path:
         """Return where an evidence file is; a role's manifest is that of its model in the configured pair.

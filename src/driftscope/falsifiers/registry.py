@@ -38,6 +38,9 @@ MEASUREMENTS: dict[str, str] = {
 }
 """Name to module. A module is imported when its measurement is asked for."""
 
+ON_DEVICE = frozenset({"grouped_attention"})
+"""Measurements that also run a kernel on the case's device."""
+
 
 class MeasurementModule(Protocol):
     """What a module of `MEASUREMENTS` holds."""

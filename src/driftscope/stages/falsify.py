@@ -12,14 +12,16 @@ from driftscope.evidence.header import EvidenceHeader
 from driftscope.evidence.store import read_json, read_table, write_json
 from driftscope.falsifiers.reader import FolderReader
 from driftscope.report.weights import weights_section
+from driftscope.stages.device import device_parameter, take_device
 
 
-def measure(contract: Path, falsifier: str, results: Path, out: Path) -> None:
-    """Measure one falsifier on a results folder's evidence."""
-    document = commands.measure(contract, falsifier, results)
+def measure(contract: Path, falsifier: str, results: Path, out: Path, device: str = "cpu") -> None:
+    """Measure one falsifier on a results folder's evidence; `device` is a request, see `choose_device`."""
+    device = take_device(device)
+    document = commands.measure(contract, falsifier, results, device)
     reader = FolderReader(results)
     inputs = {name: sha256_file(reader.path(name)) for name in commands.inputs_of(contract, falsifier)}
-    parameters = {"measurement": document["measurement"]}
+    parameters = {"measurement": document["measurement"], **device_parameter(device)}
     write_json(document, out, EvidenceHeader.of("measure", inputs, parameters))
 
 

@@ -17,6 +17,7 @@ from driftscope.errors import InputError
 from driftscope.evidence.atomic import write_text
 from driftscope.evidence.digest import sha256_file, sha256_json
 from driftscope.falsifiers.reader import manifest_of
+from driftscope.falsifiers.registry import ON_DEVICE
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ class CasePlan:
         pair = self.config.pair.model_dump()
         names = commands.inputs_of(item.file, falsifier)
         return [f"{self.results}/{manifest_of(name, pair)}" for name in names]
+
+    def measurement_device(self, falsifier: str) -> str:
+        """Return the device that a falsifier's measurement is to use; a setting that it ignores is cpu."""
+        _, found = self._find(falsifier)
+        return self.config.device if found.measurement.name in ON_DEVICE else "cpu"
+
+    def measurement_gpus(self, falsifier: str) -> int:
+        """Return how many GPUs a falsifier's measurement asks for."""
+        return 0 if self.measurement_device(falsifier) == "cpu" else 1
 
     def _find(self, falsifier: str) -> tuple[ContractFile, Falsifier]:
         for item in self.loaded:
