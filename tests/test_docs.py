@@ -136,7 +136,7 @@ def test_the_example_of_a_falsifier_measures_and_is_judged(
     (tmp_path / "contract.yaml").write_text(next(blocks(page, "yaml")), "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(registry.MEASUREMENTS, "first_token", "first_token")
-    monkeypatch.setattr(reader, "FolderReader", lambda folder: Folder())
+    monkeypatch.setattr(reader, "FolderReader", lambda folder, device: Folder())
     contract = tmp_path / "contract.yaml"
     contract_commands.validate([contract])
     measured = contract_commands.measure(contract, "first-token-energy", tmp_path)

@@ -80,8 +80,9 @@ def measure(
         ``||W x - W' x||``, W the candidate's weights and W' the teacher's, median over the regime's tokens at
         a site, geometric mean over sites (bootstrap over layers); `excess`, the first of the two over what
         the steps of the blocks predict; `by_site`, the ratio of each kind of site; `sites_above_one`, the
-        share of sites where the activation costs more; `widths`, the error of this format over that of the
-        narrowest block of the regimes, as measured and as predicted.
+        share of sites where the activation costs more. `sites_not_finite` counts sites that are left out
+        because a weight or an activation is NaN or infinite. `widths` is the error of each format over that
+        of the narrowest block of the regimes, as measured and as predicted.
     """
     for name in (_TEACHER, _CANDIDATE):
         if not evidence.has(name):
@@ -102,16 +103,21 @@ def measure(
     own = own_activations(teacher, _PATH, evidence.document(PROMPTS), most_tokens=most_tokens)
     formats = sorted({fmt for fmt, _, _ in asked.values()})
     by_format: dict[str, list[dict[str, Any]]] = {fmt: [] for fmt in formats}
+    left_out = 0
     for place in _sites(teacher, candidate, own.at, rows):
         weight = _energy(place.x, place.quantized - place.exact)
+        if not np.isfinite(weight).all():
+            left_out += 1
+            continue
         for fmt in formats:
             by_format[fmt].append(_cost(place, fmt, weight))
     if not by_format[formats[0]]:
-        return {"status": "not-run", "reason": f"no site has rows of {_WIDEST} values"}
+        return {"status": "not-run", "reason": f"no site has finite rows of {_WIDEST} values"}
     return {
         "samples": sum(len(costs[0]["ratio"]) * len(costs) for costs in by_format.values()),
         "tokens": len(own.position),
         "sites": len(by_format[formats[0]]),
+        "sites_not_finite": left_out,
         "weight_error": _weight_error(by_format[formats[0]], resampling),
         "regimes": {
             name: _metrics(_at(site, by_format[fmt]), kind, resampling)

@@ -118,7 +118,7 @@ class IntegerRows:
         groups = n_columns // (4 * shared.steps) if shared.steps else 1
         extras = np.zeros((n_rows, blocks, 2 * shared.pairs), np.int16)
         # What the format has no field for stays as it is here.
-        extras[:, :, 0] = shared.bias if shared.offset == BIAS else 1
+        extras[:, :, : shared.size // shared.sub_block] = shared.bias if shared.offset == BIAS else 1
         return cls(
             layout,
             shared,
