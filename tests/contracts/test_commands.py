@@ -64,3 +64,17 @@ def test_a_broken_trace_is_one_input_error(tmp_path: Path) -> None:
     (tmp_path / "trace" / "teacher.f32.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match=r"falsifier token-scope: .*teacher\.f32\.parquet"):
         measure(CONTRACTS / "token-scope.yaml", "token-scope", tmp_path)
+
+
+def test_a_figure_that_is_not_finite_leaves_the_question_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from driftscope.falsifiers import chain
+
+    contract = CONTRACTS / "chain.yaml"
+    broken = {"samples": 1, "regimes": {"a": {"exponent": float("nan")}}}
+    monkeypatch.setattr(chain, "measure", lambda *arguments: broken)
+    document = measure(contract, "chain-superlinear", tmp_path)
+    assert document["status"] == "not-run"
+    assert document["reason"] == "regimes.a.exponent is not a finite number on this evidence"
+    assert judge(contract, "chain-superlinear", document)["verdict"] == "not-run"

@@ -179,7 +179,9 @@ def test_plain_vectors_give_the_same_bytes(formats: str, tokens: str, tmp_path: 
     assert digest(formats, tokens, **cache) == here
 
 
-@pytest.mark.parametrize("formats", ["Q6_K,Q8_0,Q8_K", pytest.param(",".join(BLOCKS), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "formats", ["Q6_K,Q8_0,Q8_K", pytest.param(",".join(BLOCKS), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("instructions", ["vnni", "vnni-512"])
 def test_the_kernels_of_vnni_give_the_same_bytes(instructions: str, formats: str, tmp_path: Path) -> None:
     """As far as a host without it can tell: vpdpbusd itself is replaced by what it is defined to do."""

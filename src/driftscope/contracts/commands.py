@@ -98,6 +98,7 @@ def measure(contract_path: Path, falsifier_id: str, results: Path, device: str =
     Raises:
         InputError: no such falsifier or measurement, a bad parameter, or broken evidence.
     """
+    from driftscope.evidence.store import first_non_finite
     from driftscope.falsifiers.reader import FolderReader
     from driftscope.falsifiers.registry import measurement_module
 
@@ -109,6 +110,10 @@ def measure(contract_path: Path, falsifier_id: str, results: Path, device: str =
         )
     except InputError as error:
         raise InputError(f"falsifier {falsifier_id}: {error}") from error
+    if where := first_non_finite(document):
+        # The evidence holds a NaN or an infinity, and it reached a figure. The case still gets its report.
+        reason = f"{where.removeprefix('$.')} is not a finite number on this evidence"
+        document = {"status": "not-run", "reason": reason}
     return {
         "falsifier": falsifier.id,
         "name": asked.name,

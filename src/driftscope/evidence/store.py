@@ -80,7 +80,7 @@ def write_document(document: dict[str, Any], path: Path) -> None:
     try:
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        where = _first_non_finite(document)
+        where = first_non_finite(document)
         raise InputError(f"{path}: {where} is not a finite number; JSON evidence must be finite") from error
     write_text(path, text + "\n")
 
@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _first_non_finite(value: Any, where: str = "$") -> str:
+def first_non_finite(value: Any, where: str = "$") -> str:
     """Return the JSON path of the first non-finite number, or an empty string."""
     if isinstance(value, float) and not math.isfinite(value):
         return where
@@ -112,7 +112,7 @@ def _first_non_finite(value: Any, where: str = "$") -> str:
     elif isinstance(value, list | tuple):
         items = [(f"[{index}]", child) for index, child in enumerate(value)]
     for suffix, child in items:
-        found = _first_non_finite(child, f"{where}{suffix}")
+        found = first_non_finite(child, f"{where}{suffix}")
         if found:
             return found
     return ""
