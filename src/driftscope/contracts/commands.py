@@ -76,9 +76,13 @@ def status(paths: Sequence[Path], results: Path) -> list[dict[str, Any]]:
 
 def inputs_of(contract_path: Path, falsifier_id: str) -> list[str]:
     """Return the evidence files that a falsifier's measurement reads, relative to the results folder."""
+    return measurement_inputs(find(contract_path, falsifier_id)[1])
+
+
+def measurement_inputs(falsifier: Falsifier) -> list[str]:
+    """Return the evidence files that a loaded falsifier's measurement reads; see `inputs_of`."""
     from driftscope.falsifiers.registry import measurement_module
 
-    _, falsifier = find(contract_path, falsifier_id)
     return measurement_module(falsifier.measurement.name).inputs(falsifier.measurement.parameters)
 
 

@@ -127,9 +127,8 @@ class CasePlan:
 
     def measurement_inputs(self, falsifier: str) -> list[str]:
         """Return the evidence files that a falsifier's measurement reads."""
-        item, _ = self._find(falsifier)
         pair = self.config.pair.model_dump()
-        names = commands.inputs_of(item.file, falsifier)
+        names = commands.measurement_inputs(self._find(falsifier)[1])
         return [f"{self.results}/{manifest_of(name, pair)}" for name in names]
 
     def measurement_device(self, falsifier: str) -> str:
