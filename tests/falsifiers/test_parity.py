@@ -86,7 +86,7 @@ def test_an_attention_that_does_not_attend_hides_the_faults(
         heads = v.reshape(len(v), self.config.num_kv_heads, -1)
         return np.ascontiguousarray(np.repeat(heads, group, axis=1).reshape(q.shape))
 
-    monkeypatch.setattr(ForwardPass, "_attend", own_value)
+    monkeypatch.setattr(ForwardPass, "attend", own_value)
     assert judged("parity-positions", case)["verdict"] != "falsified"
 
 

@@ -61,5 +61,5 @@ class FaultyPass(ForwardPass):
         read[:count] = read[:count][::-1]
         return super().head(np.ascontiguousarray(hidden[:, read]), rows)
 
-    def _attend(self, layer: int, q: F32, k: F32, v: F32, batch: TokenBatch) -> F32:
-        return super()._attend(layer, q * np.float32(self.score_gain), k, v, batch)
+    def attend(self, layer: int, q: F32, k: F32, v: F32, batch: TokenBatch) -> F32:
+        return super().attend(layer, q * np.float32(self.score_gain), k, v, batch)

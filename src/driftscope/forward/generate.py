@@ -120,7 +120,7 @@ class CachedPass(ForwardPass):
             self.lengths[slot] += len(new)
         return self.head(hidden[batch.boundaries[1:] - 1])
 
-    def _attend(self, layer: int, q: F32, k: F32, v: F32, batch: TokenBatch) -> F32:
+    def attend(self, layer: int, q: F32, k: F32, v: F32, batch: TokenBatch) -> F32:
         assert isinstance(batch, Continuation)  # `feed` makes no other
         return cached_attention(
             q,
