@@ -145,6 +145,31 @@ class Ops:
         )
         return found
 
+    def weigh(self, layer: int, weights: F32, v: F32) -> F32:
+        """Weighted sum of the values of one sequence: the last step of `attend`, on the CPU.
+
+        Args:
+            layer: its layer.
+            weights: ``float32[t, heads * t]`` from `softmax`.
+            v: ``float32[t, kv_heads * head_dim]``.
+
+        Returns:
+            ``float32[t, heads * head_dim]``, with the bits of `attend` but for the sign of zeros.
+        """
+        from driftscope.kernels.forward import to_f16
+        from driftscope.kernels.matmul import matmul_f32
+
+        if self.policy.kv_type == "f16":
+            weights, v = to_f16(weights), to_f16(v)
+        length, head_dim = v.shape[0], self.config.head_dim
+        group = self.config.num_heads // self.config.num_kv_heads
+        heads = []
+        for head in range(self.config.num_heads):
+            kv = head // group
+            values = np.ascontiguousarray(v[:, kv * head_dim : (kv + 1) * head_dim].T)
+            heads.append(matmul_f32(weights[:, head * length : (head + 1) * length], values))
+        return np.concatenate(heads, axis=1)
+
     def attend(self, layer: int, q: F32, k: F32, v: F32, batch: TokenBatch) -> F32:
         """Attention of all sequences, ``float32[n_tokens, heads * head_dim]``: scores, softmax, weighted sum.
 
