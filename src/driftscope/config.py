@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,18 @@ PAIRS = (
     ("candidate.f32", "candidate.int8-dot"),
 )
 """The paths that are compared, the reference first: weights, both together, arithmetic."""
+
+ENGINE_PATHS: Mapping[str, str] = {
+    "llama.cpp": "candidate.llama.cpp",
+    "transformers": "teacher.transformers",
+}
+"""Engines beside our own paths, and the path that each is in the evidence: its role and its engine."""
+
+ENGINE_PAIRS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "llama.cpp": (("teacher.f32", "candidate.llama.cpp"), ("candidate.int8-dot", "candidate.llama.cpp")),
+    "transformers": (("teacher.f32", "teacher.transformers"),),
+}
+"""The paths that an engine's trace is compared with, the reference first."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Name = Annotated[str, Field(pattern=rf"^{_NAME.pattern}$")]
@@ -108,6 +121,24 @@ class TraceSpec(_Section):
         default_factory=lambda: ["*"],
         description="globs of the taps whose tensors are kept and compared, e.g. layers.*.ffn_out",
     )
+    engines: list[Literal["llama.cpp", "transformers"]] = Field(
+        default_factory=list,
+        description="other engines to trace: llama.cpp runs the candidate (GGUF), transformers the teacher "
+        "(safetensors); one that is not installed is named in the report as not run",
+    )
+
+
+class ReplaySpec(_Section):
+    """The local error: every op recomputed from the inputs that its own trace recorded."""
+
+    false_alarm: Annotated[
+        float,
+        Field(
+            gt=0,
+            lt=0.5,
+            description="chance that a clean trace has any op flagged; a judgement: editing it replays nothing",
+        ),
+    ] = 0.001
 
 
 class DecompositionSpec(_Section):
@@ -135,6 +166,7 @@ class Config(_Section):
     pair: Pair
     sweep: SweepSpec = SweepSpec()
     trace: TraceSpec
+    replay: ReplaySpec = ReplaySpec()
     decomposition: DecompositionSpec
     device: Literal["cpu", "auto", "cuda"] = Field(
         "cpu",
@@ -185,6 +217,13 @@ class Config(_Section):
         """Return the source text of each model that is fetched."""
         return {model: spec.source for model, spec in self.models.items() if spec.source is not None}
 
+    def holds_gguf(self, model: str) -> bool:
+        """Whether a model is one GGUF file, as far as its configuration says."""
+        spec = self.models[model]
+        if spec.source is not None:
+            return spec.source.lower().endswith(".gguf")
+        return spec.derive == "candidate"
+
     @property
     def folder(self) -> Path:
         """The folder that relative paths start from."""
@@ -231,7 +270,10 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _known_keys() -> set[str]:
-    sections = (Config, ModelSpec, Pair, PromptSpec, Message, SweepSpec, TraceSpec, DecompositionSpec)
+    sections = (
+        *(Config, ModelSpec, Pair, PromptSpec, Message),
+        *(SweepSpec, TraceSpec, ReplaySpec, DecompositionSpec),
+    )
     return {info.alias or name for section in sections for name, info in section.model_fields.items()}
 
 

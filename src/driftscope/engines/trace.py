@@ -20,6 +20,7 @@ from driftscope.artifacts.files import list_folder, read_json_object
 from driftscope.artifacts.safetensors import StoredTensor, read_safetensors
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.errors import InputError
+from driftscope.evidence.atomic import replacing
 from driftscope.forward.architecture import tap_name
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.batch import TokenBatch
@@ -37,7 +38,9 @@ PARTS: Mapping[str, tuple[str, ...]] = {"qkv_matmul": ("q", "k", "v"), "qkv_bias
 """Taps that may be stored in parts, ``layers.3.qkv_bias.q`` and so on, which lie side by side."""
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
-_KNOWN_KEYS = {"format", "version", "engine", "model", "arithmetic", "prompts", "taps", "files"}
+_KNOWN_KEYS = {
+    *("format", "version", "engine", "model", "arithmetic", "prompts", "taps", "files", "arrays_sha256")
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class TraceManifest:
             to hold what `driftscope.forward.architecture` says.
         absent: tap (without its layer) to the reason why the engine does not give it.
         files: names of the safetensors files; empty for all of the folder.
+        arrays_sha256: digest of the files' digests, so that the manifest changes with the arrays; empty where
+            the writer did not say. It is not checked on reading.
     """
 
     prompts: tuple[tuple[str, tuple[int, ...]], ...]
@@ -62,6 +67,7 @@ class TraceManifest:
     capture_points: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    arrays_sha256: str = ""
 
     @property
     def batch(self) -> TokenBatch:
@@ -91,6 +97,7 @@ class TraceManifest:
             "prompts": [{"id": prompt, "ids": list(ids)} for prompt, ids in self.prompts],
             "taps": taps,
             "files": list(self.files),
+            "arrays_sha256": self.arrays_sha256,
         }
 
     @classmethod
@@ -129,6 +136,7 @@ class TraceManifest:
             },
             absent={t: about["absent"] for t, about in taps.items() if "absent" in about},
             files=tuple(files),
+            arrays_sha256=str(document.get("arrays_sha256") or ""),
         )
 
 
@@ -276,10 +284,20 @@ class TraceWriter:
 
     def finish(self, manifest: TraceManifest) -> Trace:
         """Write the manifest and open the trace."""
-        document = {**manifest.to_dict(), "files": self._files}
-        text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        (self.folder / MANIFEST).write_text(text, encoding="utf-8")
+        write_manifest(self.folder, manifest, self._files)
         return Trace(self.folder)
+
+
+def write_manifest(folder: Path, manifest: TraceManifest, files: Sequence[str]) -> None:
+    """Write ``trace.json`` beside the safetensors files of a trace, with their digest."""
+    digest = hashlib.sha256()
+    for name in files:
+        with (folder / name).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    document = {**manifest.to_dict(), "files": list(files), "arrays_sha256": digest.hexdigest()}
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    with replacing(folder / MANIFEST) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _read(tensor: StoredTensor) -> F32:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from driftscope.artifacts.lock import check, lock_path, read_lock
-from driftscope.config import Config, parse_config
+from driftscope.config import ENGINE_PATHS, Config, parse_config
 from driftscope.contracts import commands
 from driftscope.contracts.loading import ContractFile, load_contracts
 from driftscope.contracts.model import Falsifier, gate_sha256, judgement_sha256, measurement_sha256
+from driftscope.engines.available import EXTRAS, installed_versions, missing_module
 from driftscope.errors import InputError
 from driftscope.evidence.atomic import write_text
 from driftscope.evidence.digest import sha256_file, sha256_json
@@ -57,6 +58,39 @@ class CasePlan:
     def gpus(self) -> int:
         """Return how many GPUs a job asks for whose kernels a GPU can run."""
         return 0 if self.config.device == "cpu" else 1
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """Return the engines that are traced, with their paths: asked for, installed, and fit for a model."""
+        return {
+            engine: ENGINE_PATHS[engine]
+            for engine in self.config.trace.engines
+            if not self._why_not(engine)
+        }
+
+    @property
+    def engines_not_run(self) -> list[dict[str, str]]:
+        """Return the engines that the configuration names and that cannot run here: why, and the remedy."""
+        return [
+            {"path": ENGINE_PATHS[engine], "engine": engine, **self._why_not(engine)}
+            for engine in self.config.trace.engines
+            if self._why_not(engine)
+        ]
+
+    def engine_versions(self, engine: str) -> str:
+        """Return the versions of an engine's packages, so that a run is made anew with another."""
+        return sha256_json(installed_versions(engine))
+
+    def _why_not(self, engine: str) -> dict[str, str]:
+        role = ENGINE_PATHS[engine].partition(".")[0]
+        model = self.config.pair.model_dump()[role]
+        wanted = {"llama.cpp": "a GGUF file", "transformers": "a safetensors folder"}[engine]
+        if self.config.holds_gguf(model) != (engine == "llama.cpp"):
+            return {"reason": f"{engine} reads {wanted}, and the {role} `{model}` is none", "install": ""}
+        if module := missing_module(engine):
+            reason = f"{engine} is not installed (no module {module})"
+            return {"reason": reason, "install": EXTRAS[engine].install}
+        return {}
 
     @property
     def prompt_files(self) -> list[str]:
