@@ -140,12 +140,33 @@ IMPACT = {
     "delta_p": _REAL_OR_NULL,
 }
 
+PROPAGATION = {
+    "pair": _text(),
+    "prompt": _text(),
+    "layer": _INDEX,
+    "tap": _text("embedding", "post_ffn_residual", "lm_head"),
+    "scope": _SCOPE,
+    "position": _INDEX,
+    "token_count": _COUNT,
+    "compared_count": _COUNT,
+    "energy_in": _NOT_NEGATIVE,
+    "injected": _NOT_NEGATIVE,
+    "inherited": _NOT_NEGATIVE,
+    "remainder": _REAL,
+    "cross": _REAL,
+    "energy_out": _NOT_NEGATIVE,
+    "signal_energy": _NOT_NEGATIVE,
+    "gain": _NOT_NEGATIVE_OR_NULL,
+    "unexplained": _REAL,
+}
+
 SCHEMAS: dict[str, pa.DataFrameSchema] = {
     "sweep": _table(SWEEP, ["tensor"]),
     "trace": _table(TRACE, ["prompt", "layer", "tap", "scope", "position"]),
     "divergence": _table(DIVERGENCE, ["pair", "prompt", "layer", "tap", "kind", "scope", "position"]),
     "energies": _table(ENERGIES, ["by", "item", "mechanism", "sequence", "position"]),
     "impact": _table(IMPACT, ["pair", "sequence", "position"]),
+    "propagation": _table(PROPAGATION, ["pair", "prompt", "layer", "tap", "scope", "position"]),
 }
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -156,6 +177,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "divergence": DIVERGENCE,
         "energies": ENERGIES,
         "impact": IMPACT,
+        "propagation": PROPAGATION,
     }.items()
 }
 
