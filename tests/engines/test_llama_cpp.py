@@ -264,7 +264,7 @@ def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kv_type_is_refused() -> None:
-    with pytest.raises(InputError, match="'q4_0' is unknown; expected f16 or f32"):
+    with pytest.raises(InputError, match="'q4_0' is unknown; expected one of f32, f16, bf16, q8_0"):
         engine.LlamaCppOptions(kv_type="q4_0")
 
 
