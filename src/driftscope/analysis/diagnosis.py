@@ -1,0 +1,213 @@
+"""Where does it start: a trace replayed, judged by its floors, and the first op that stands out explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from driftscope.analysis.first_divergence import ALPHA, Flag, first_divergence, flags
+from driftscope.analysis.floors import Floors
+from driftscope.artifacts.model import Artifact
+from driftscope.errors import InputError
+from driftscope.forward.arithmetic import Arithmetic
+
+if TYPE_CHECKING:
+    from driftscope.analysis.replay import Replayer
+    from driftscope.engines.trace import Trace
+
+COMPONENTS = ("engine", "arithmetic", "model")
+
+
+def diagnose(
+    trace: Trace,
+    own: Artifact,
+    reference: Artifact | None = None,
+    arithmetic: Arithmetic | None = None,
+    floors: Floors | None = None,
+    layers: Iterable[int] | None = None,
+    threads: int = 1,
+    *,
+    path: str | None = None,
+    alpha: float = ALPHA,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Diagnose a trace; the entry of ``replay.json`` under ``paths``.
+
+    Args:
+        trace: the trace.
+        own: the artifact whose weights the engine ran.
+        reference: the artifact that holds the truth; None to judge the engine alone.
+        arithmetic: what the engine computed in; None for what the trace declares, float32 if it says nothing.
+        floors: None for what theory says, without calibration.
+        layers: only these, -1 for embedding, final norm and head; None for all.
+        threads: the result does not depend on it.
+        path: what the entry is called; by default the trace's name.
+        alpha: probability that a clean trace is flagged anywhere.
+        rows: rows of the ``replay`` table where they are there already.
+        progress: called with the ops replayed and their number.
+
+    Returns:
+        Plain values: ``status`` (``done`` or ``inadmissible`` with a ``reason``), ``tested`` (ops), ``flagged``,
+        ``first`` with its class and statement, ``capture_points``, ``map`` (local errors by op).
+    """
+    entry = {
+        "path": path or trace.name,
+        "engine": dict(trace.manifest.engine),
+        "own": own.path.name,
+        "reference": None if reference is None else reference.path.name,
+        "arithmetic": None,
+        "status": "done",
+        "alpha": alpha,
+        "prompts": len(trace.manifest.prompts),
+    }
+    declared = arithmetic or trace.manifest.arithmetic
+    entry["arithmetic"] = None if declared is None else declared.to_dict()
+    replayer = replayer_of(trace, own, reference, arithmetic=declared, threads=threads)
+    try:
+        if rows is None:
+            rows = replay_rows(replayer, layers, progress=progress)
+    except InputError as error:
+        return {**entry, "status": "inadmissible", "reason": str(error)}
+    if not rows:
+        reason = "no op has both its output and its inputs in the trace: nothing was tested"
+        return {**entry, "status": "inadmissible", "reason": reason}
+    flagged = flags(rows, floors or Floors({}), alpha, arithmetic=declared)
+    findings, flagged = _capture_points(trace, replayer, flagged)
+    tested = {(row["layer"], row["tap"], row["part"]) for row in rows}
+    return {
+        **entry,
+        "tested": len(tested),
+        "flagged": [_short(flag) for flag in flagged],
+        "first": _first(flagged, rows, replayer, trace, own, reference, declared, threads),
+        "capture_points": findings,
+        "map": local_map(rows),
+    }
+
+
+def replayer_of(
+    trace: Trace,
+    own: Artifact,
+    reference: Artifact | None = None,
+    *,
+    arithmetic: Arithmetic | None = None,
+    threads: int = 1,
+) -> Replayer:
+    """The replayer of a trace; without a reference there is no component ``model``."""
+    from driftscope.analysis.replay import Replayer
+
+    components = COMPONENTS if reference is not None else COMPONENTS[:2]
+    return Replayer(
+        trace,
+        own,
+        reference=reference,
+        arithmetic=arithmetic or trace.manifest.arithmetic or Arithmetic.of(),
+        components=components,
+        threads=threads,
+    )
+
+
+def replay_rows(
+    replayer: Replayer,
+    layers: Iterable[int] | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Rows of the ``replay`` table, layer by layer, so that progress shows."""
+    wanted = None if layers is None else sorted(set(layers))
+    numbers = sorted({layer for layer, _, _ in replayer.places(wanted)})
+    rows: list[dict[str, Any]] = []
+    for index, layer in enumerate(numbers):
+        rows += replayer.rows([layer])
+        progress(index + 1, len(numbers))
+    return rows
+
+
+def local_map(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Local error of each op: medians over the prompts of each component's NMSE.
+
+    The parts of q, k and v are put together. ``total`` is the sum of the components, without their cross
+    terms; ``predicted`` what was predicted of it.
+    """
+    from driftscope.analysis.vote import topological
+
+    sums: dict[tuple[int, str], dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        prompts = sums.setdefault((row["layer"], row["tap"]), {})
+        at = prompts.setdefault(row["prompt"], {}).setdefault(row["component"], [0.0, 0.0, 0.0])
+        for index, key in enumerate(("energy", "signal_energy", "predicted_energy")):
+            at[index] += row[key] or 0.0
+    found = []
+    for place in topological(sums):
+        prompts = list(sums[place].values())
+        entry: dict[str, Any] = {"layer": place[0], "tap": place[1]}
+        for component in COMPONENTS:
+            entry[component] = _median(
+                [
+                    at[component][0] / at[component][1]
+                    for at in prompts
+                    if component in at and at[component][1]
+                ]
+            )
+        measured = [entry[component] for component in COMPONENTS if entry[component] is not None]
+        entry["total"] = sum(measured) if measured else None
+        entry["predicted"] = _median(
+            [sum(part[2] / part[1] for part in at.values() if part[1]) for at in prompts]
+        )
+        found.append(entry)
+    return found
+
+
+def _median(values: Sequence[float]) -> float | None:
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.median(finite)) if finite else None
+
+
+def _capture_points(
+    trace: Trace, replayer: Replayer, flagged: Sequence[Flag]
+) -> tuple[list[dict[str, Any]], list[Flag]]:
+    """Taps that were captured elsewhere, and the flags that are left without them."""
+    from driftscope.analysis.identities import identities
+
+    findings = identities(trace, replayer, flagged)
+    plain = [dict(item) if isinstance(item, Mapping) else item.to_dict() for item in findings]
+    elsewhere = {(item["layer"], item["tap"], item.get("part", "")) for item in plain}
+    return plain, [flag for flag in flagged if flag.place not in elsewhere]
+
+
+def _short(flag: Flag) -> dict[str, Any]:
+    keys = ("layer", "tap", "part", "component", "p_value", "nmse", "predicted_nmse", "prompt", "position")
+    return {key: getattr(flag, key) for key in keys}
+
+
+def _first(
+    flagged: Sequence[Flag],
+    rows: Sequence[Mapping[str, Any]],
+    replayer: Replayer,
+    trace: Trace,
+    own: Artifact,
+    reference: Artifact | None,
+    arithmetic: Arithmetic | None,
+    threads: int,
+) -> dict[str, Any] | None:
+    from driftscope.analysis.explanations import Context, explain
+
+    first = first_divergence(flagged, rows)
+    if first is None:
+        return None
+    op = replayer.op(first.flag.layer, first.flag.tap, first.flag.part)
+    context = Context(
+        own=own,
+        reference=reference,
+        trace=trace,
+        component=first.flag.component,
+        replayer=replayer,
+        arithmetic=arithmetic,
+        rows=rows,
+        threads=threads,
+    )
+    found = [explanation.to_dict() for explanation in explain(op, context)]
+    best = found[0] if found else {"class": "unexplained", "statement": "", "evidence": {}}
+    return {**first.to_dict(), **best, "others": found[1:4]}
