@@ -116,6 +116,28 @@ DIVERGENCE = {
     "std_ratio": _NOT_NEGATIVE_OR_NULL,
 }
 
+REPLAY = {
+    "path": _text(),
+    "prompt": _text(),
+    "layer": _INDEX,
+    "tap": _text(),
+    "part": _text("", "q", "k", "v"),
+    "component": _text("engine", "arithmetic", "model"),
+    "token_count": _COUNT,
+    "count": _COUNT,
+    "nmse": _NOT_NEGATIVE_OR_NULL,
+    "energy": _NOT_NEGATIVE,
+    "signal_energy": _NOT_NEGATIVE,
+    "predicted_energy": _NOT_NEGATIVE,
+    "score": _REAL_OR_NULL,
+    "score_token": _REAL_OR_NULL,
+    "worst_position": _INDEX,
+    "score_channel": _REAL_OR_NULL,
+    "worst_channel": _INDEX,
+    "non_finite": _COUNT,
+    "recomputed": _text(),
+}
+
 ENERGIES = {
     "by": _text("total", "layer", "site", "control"),
     "item": _text(),
@@ -164,6 +186,7 @@ SCHEMAS: dict[str, pa.DataFrameSchema] = {
     "sweep": _table(SWEEP, ["tensor"]),
     "trace": _table(TRACE, ["prompt", "layer", "tap", "scope", "position"]),
     "divergence": _table(DIVERGENCE, ["pair", "prompt", "layer", "tap", "kind", "scope", "position"]),
+    "replay": _table(REPLAY, ["path", "prompt", "layer", "tap", "part", "component"]),
     "energies": _table(ENERGIES, ["by", "item", "mechanism", "sequence", "position"]),
     "impact": _table(IMPACT, ["pair", "sequence", "position"]),
     "propagation": _table(PROPAGATION, ["pair", "prompt", "layer", "tap", "scope", "position"]),
@@ -175,6 +198,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "sweep": SWEEP,
         "trace": TRACE,
         "divergence": DIVERGENCE,
+        "replay": REPLAY,
         "energies": ENERGIES,
         "impact": IMPACT,
         "propagation": PROPAGATION,

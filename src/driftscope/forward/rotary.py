@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Context, Decimal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
     """Radians a position of each pair of channels: ``theta^(-2i / head_dim)``, scaled.
 
     Every step is rounded to float32, as transformers does (``modeling_rope_utils.py``): the exponent,
-    the power, its reciprocal, the scaling.
+    the power, its reciprocal, the scaling. `exact_frequencies` is the same without the roundings.
 
     Args:
         config: gives theta, head_dim and the scaling (none, ``linear``, ``llama3``, ``yarn``,
@@ -34,12 +35,23 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
     Raises:
         InputError: a scaling that is not implemented, or factors of another length.
     """
+    found: NDArray[np.float32] = _frequencies(config, factors, np.float32)
+    return found
+
+
+def exact_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
+    """`rope_frequencies` in float64, ``float64[head_dim / 2]``."""
+    found: NDArray[np.float64] = _frequencies(config, factors, np.float64)
+    return found
+
+
+def _frequencies(config: ModelConfig, factors: NDArray[np.float32] | None, real: Any) -> Any:
     half = config.head_dim // 2
-    exponents = (np.arange(half, dtype=np.float32) * np.float32(2)) / np.float32(config.head_dim)
+    exponents = (np.arange(half, dtype=real) * real(2)) / real(config.head_dim)
     theta = Decimal(float(config.rope_theta))
     exact = [_EXACT.power(theta, Decimal(float(exponent))) for exponent in exponents]
-    powers = np.array(exact, np.float64).astype(np.float32)
-    frequencies = np.float32(1) / powers
+    powers = np.array(exact, np.float64).astype(real)
+    frequencies = real(1) / powers
     if factors is not None:
         if factors.shape != (half,):
             raise InputError(f"rope_freqs.weight: {factors.size} values, expected {half} (half of head_dim)")
@@ -51,7 +63,7 @@ def rope_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None = 
     if kind == "default":
         return frequencies
     if kind == "linear":
-        return frequencies / np.float32(scaling["factor"])
+        return frequencies / real(scaling["factor"])
     if kind == "llama3":
         return _llama3(
             frequencies,
@@ -83,32 +95,31 @@ def longest_sequence(config: ModelConfig) -> int:
     return max(config.context_length, int(float(scaling["factor"]) * _trained_length(config)))
 
 
-def _llama3(
-    frequencies: NDArray[np.float32], factor: float, low: float, high: float, original_length: float
-) -> NDArray[np.float32]:
+def _llama3(frequencies: Any, factor: float, low: float, high: float, original_length: float) -> Any:
     """Llama 3.1: leave short wavelengths, divide long ones by `factor`, interpolate between."""
     wavelengths = 2.0 * math.pi / frequencies.astype(np.float64)
     smooth = (original_length / wavelengths - low) / (high - low)
     wide = frequencies.astype(np.float64)
     between = (1.0 - smooth) * wide / factor + smooth * wide
     scaled = np.where(wavelengths > original_length / low, wide / factor, between)
-    return np.where(wavelengths < original_length / high, wide, scaled).astype(np.float32)
+    return np.where(wavelengths < original_length / high, wide, scaled).astype(frequencies.dtype)
 
 
-def _yarn(powers: NDArray[np.float32], config: ModelConfig) -> NDArray[np.float32]:
+def _yarn(powers: Any, config: ModelConfig) -> Any:
     """YaRN (Peng et al. 2023): keep what turns often in the trained context, divide what turns seldom.
 
     `powers` are the reciprocals of the frequencies. Between the pairs that turn ``beta_fast`` and
     ``beta_slow`` times, the two are mixed along a line; these pairs are whole numbers unless ``truncate`` is
-    false. In float32 as in transformers.
+    false. In the type of `powers`, of transformers float32.
     """
     scaling = config.rope_scaling or {}
     if scaling.get("extrapolation_factor", 1) != 1:
         raise InputError(
             f"extrapolation_factor of the RoPE scaling is {scaling['extrapolation_factor']}; expected 1"
         )
-    one = np.float32(1)
-    kept, divided = one / powers, one / (np.float32(scaling["factor"]) * powers)
+    real = powers.dtype.type
+    one = real(1)
+    kept, divided = one / powers, one / (real(scaling["factor"]) * powers)
 
     def pair(turns: float) -> float:
         log = logarithm(_trained_length(config) / (turns * 2 * math.pi))
@@ -123,8 +134,8 @@ def _yarn(powers: NDArray[np.float32], config: ModelConfig) -> NDArray[np.float3
     low, high = max(low, 0), min(high, config.head_dim - 1)
     if low == high:
         high += 0.001
-    pairs = np.arange(len(powers), dtype=np.float32)
-    share = one - np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    pairs = np.arange(len(powers), dtype=real)
+    share = one - np.clip((pairs - real(low)) / real(high - low), 0, 1).astype(real)
     return divided * (one - share) + kept * share
 
 

@@ -1,0 +1,481 @@
+"""How large an op's error may be expected to be: the yardstick that a replay measures with.
+
+Everything here is an expectation of an error's energy (a sum of squares), from three sources.
+
+Rounding. A value that is rounded to a significand of unit roundoff ``u`` (2^-24 for float32, 2^-11 for
+float16, 2^-8 for bfloat16) is off by half a step at most, evenly (Widrow and Kollár, "Quantization Noise",
+2008, chapter 12): ``step^2 / 12`` with ``step = 2 u 2^e``. Over significands that are spread evenly in the
+logarithm, the energy of the error is ``2 ln 2 / 9 = 0.154`` times ``u^2`` times that of the values: `ROUND`.
+
+Sums. A sum of K terms one after another is rounded K times, each time at the size that it has by then.
+Terms of random signs make it a random walk that ends at the sum y: the expected energy after i of K steps is
+``(i / K)^2 y^2 + (i / K) (1 - i / K) P`` with P the sum of the terms' squares (a Brownian bridge), so that
+the roundings of the whole sum have the energy ``ROUND u^2 K (y^2 / 3 + P / 6)``; the statistical counterpart
+of the bounds of Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019.
+
+Quantization. An activation in a block of step d is off by ``d^2 / 12`` in the mean, a weight by what
+`driftscope.kernels.expected_error` says. An error of energy ``e[t, k]`` in a factor of a product leaves
+``sum over k of e[t, k] w[j, k]^2`` in output j of token t. The sums over all outputs of a token, and over all
+tokens of an output, need the weight's column sums and its rows weighted alone
+(`driftscope.kernels.weight_energy`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.names import ROPE_FREQS
+from driftscope.artifacts.tensor import TensorRef
+from driftscope.forward.architecture import site_shape, site_tensor
+from driftscope.forward.arithmetic import Arithmetic
+from driftscope.forward.batch import TokenBatch
+from driftscope.forward.rotary import exact_frequencies
+from driftscope.forward.weights import Weights
+from driftscope.kernels import float64
+from driftscope.kernels.activations import QuantizedActivation, quantize_activation
+from driftscope.kernels.formats import format_of
+from driftscope.kernels.weight_energy import WeightEnergy, cell_energy_of_rows, weight_energy
+
+F64 = NDArray[np.float64]
+
+Tap: TypeAlias = "NDArray[Any] | list[NDArray[Any]]"
+"""A tap as in `driftscope.forward.evaluate.Value`, in any float type."""
+
+ROUND = 2.0 * math.log(2.0) / 9.0
+"""Energy of rounding errors in units of ``u^2`` times the energy of the values."""
+
+UNIT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+"""Unit roundoff of a type."""
+
+COMPONENTS = ("engine", "arithmetic", "model")
+
+_LEAST = 1e-6
+"""Part of the mean that each token and channel is expected to have at least."""
+
+_ENGINE_ROUNDINGS = {
+    "attn_norm": 4,
+    "ffn_norm": 4,
+    "final_norm": 4,
+    "ffn_silu": 2,
+}
+"""Roundings an output of an op without a sum, in all; 1 where it is not listed."""
+
+_NARROW_ROUNDINGS = {
+    "attn_norm": 1,
+    "ffn_norm": 1,
+    "final_norm": 1,
+    "q_post_rope": 4,
+    "k_post_rope": 4,
+    "attn_scores": 1,
+    "attention": 1,
+}
+"""Roundings to a narrow dtype that engines do within an op and that are not declared: transformers rounds
+before the norm's weight, rounds cosine, sine and both products of RoPE, and rounds scores before they are
+scaled."""
+
+_SITES = {"attn_out": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_out": "down", "lm_head": "lm_head"}
+_MATMUL_INPUT = {
+    "qkv_matmul": "attn_norm",
+    "attn_out": "attention",
+    "ffn_gate": "ffn_norm",
+    "ffn_up": "ffn_norm",
+    "ffn_out": "ffn_swiglu",
+    "lm_head": "final_norm",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An error's energy, summed two ways.
+
+    Attributes:
+        per_token: ``float64[n_tokens]``.
+        per_channel: ``float64[channels]``; of ragged taps one number a head.
+    """
+
+    per_token: F64
+    per_channel: F64
+
+    @property
+    def total(self) -> float:
+        """The energy of all."""
+        return float(np.sum(self.per_token))
+
+    def __add__(self, other: Spread) -> Spread:
+        return Spread(self.per_token + other.per_token, self.per_channel + other.per_channel)
+
+    def __mul__(self, factor: float) -> Spread:
+        return Spread(self.per_token * factor, self.per_channel * factor)
+
+    __rmul__ = __mul__
+
+
+def energy_of(value: Tap, *, heads: int = 1) -> Spread:
+    """Energy of the finite values of a tap.
+
+    Args:
+        value: a tap; what is not finite counts as zero.
+        heads: of a ragged tap, the number of heads.
+    """
+    if isinstance(value, list):
+        parts = []
+        for part in value:
+            squares = _squares(part).reshape(part.shape[0], heads, -1)
+            each = np.sum(squares, axis=2)
+            parts.append((np.sum(each, axis=1), np.sum(each, axis=0)))
+        return Spread(np.concatenate([a for a, _ in parts]), np.sum(np.stack([b for _, b in parts]), axis=0))
+    squares = _squares(value)
+    return Spread(np.sum(squares, axis=1), np.sum(squares, axis=0))
+
+
+def _squares(values: NDArray[Any]) -> F64:
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.square(values.astype(np.float64))
+    return np.where(np.isfinite(squares), squares, 0.0)
+
+
+class Noise:
+    """Predicts the errors of single ops."""
+
+    def __init__(
+        self,
+        own: Artifact,
+        arithmetic: Arithmetic,
+        batch: TokenBatch,
+        *,
+        fused_attention: bool = False,
+        threads: int = 1,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            own: the artifact that the trace was made with.
+            arithmetic: the declared arithmetic.
+            batch: the tokens.
+            fused_attention: the engine sums attention block by block in a type as narrow as its values
+                (llama.cpp's flash attention over a float16 cache).
+            threads: number of threads; the result does not depend on it.
+        """
+        self._own = own
+        self._config = own.config
+        self._weights = Weights(own)
+        self._arithmetic = arithmetic
+        self._policy = arithmetic.policy
+        self._batch = batch
+        self._fused = fused_attention
+        self._threads = threads
+        self._roundoff = UNIT["f32"] ** 2 * ROUND
+
+    def predict(
+        self,
+        layer: int,
+        tap: str,
+        part: str,
+        inputs: Mapping[str, Tap],
+        output: Tap,
+        components: Collection[str] = COMPONENTS,
+        *,
+        inherited: Mapping[str, Mapping[str, Spread]] = {},
+    ) -> dict[str, Spread]:
+        """Expected error energies of one op, by component.
+
+        Args:
+            layer: its layer, -1 for the whole model's.
+            tap: its output.
+            part: ``q``, ``k`` or ``v`` of a tap that has parts, else empty.
+            inputs: by tap name, as the op used them.
+            output: what it gave.
+            components: which of `COMPONENTS` to predict.
+            inherited: of inputs that were not recorded but recomputed, the errors that they are expected to
+                have themselves.
+        """
+        energy = energy_of(output, heads=self._config.num_heads)
+        site = part if tap == "qkv_matmul" else _SITES.get(tap)
+        if site:
+            found = self._product(layer, site, inputs[_MATMUL_INPUT[tap]], energy, components)
+        elif tap == "attn_scores":
+            found = self._scores(inputs["q_post_rope"], inputs["k_post_rope"], energy)
+        elif tap == "attn_softmax":
+            found = self._softmax(inputs["attn_scores"], output)
+        elif tap == "attention":
+            found = self._weighted(inputs["attn_softmax"], self._values(inputs["qkv_bias"]), energy)
+        else:
+            found = self._elementwise(layer, tap, part, inputs, energy)
+        unit = UNIT[self._arithmetic.dtype]
+        if self._arithmetic.dtype != "f32":
+            flips = _flips(found["engine"], energy, unit)
+            rounding = ROUND * unit**2 * energy
+            found["engine"] = found["engine"] + flips + _NARROW_ROUNDINGS.get(tap, 0) * rounding
+            found["arithmetic"] = found["arithmetic"] + rounding
+        chosen = {name: found[name] for name in components}
+        for name, spread in chosen.items():
+            for source, errors in inherited.items():
+                if name in errors:
+                    spread = spread + self._passed_on(tap, source, errors[name], inputs, output, energy)
+            chosen[name] = _at_least(spread)
+        return chosen
+
+    def _product(
+        self, layer: int, site: str, x: Tap, energy: Spread, components: Collection[str]
+    ) -> dict[str, Spread]:
+        """A product with a weight."""
+        assert not isinstance(x, list)
+        choice = self._policy.choice(layer, site)
+        ref = self._weights.tensor(site_tensor(self._config, layer, site), site_shape(self._config, site))
+        fmt = self._weights.activation_format(ref.name, choice)
+        step = _activation_errors(x, fmt)
+        squares = _squares(x)
+        factors = np.stack([np.sum(squares, axis=0), np.sum(step, axis=0)])
+        cells = "model" in components
+        sums = weight_energy(_canonical(ref), ref.dtype, factors, cells=cells, threads=self._threads)
+        terms = Spread(_dot(squares, sums.columns), sums.rows[0])
+        layout = format_of(ref.dtype)
+        blocks = choice.path == "int8-dot" and layout.is_integer and fmt.startswith(("q8", "apr"))
+        additions = x.shape[1]
+        if blocks:
+            # Sums inside a block are exact integers. What a minimum takes off again is rounded first.
+            additions //= 32 if fmt.startswith(("q8_0", "q8_1")) else 256
+            terms = terms * (4.0 if layout.offset != "none" else 1.0)
+        engine = self._sum(additions, terms, energy) + self._roundoff * (2.0 if blocks else 1.0) * terms
+        arithmetic = engine + Spread(_dot(step, sums.columns), sums.rows[1])
+        if self._arithmetic.dtype != "f32":
+            arithmetic = arithmetic + self._weight_rounding(ref, squares, sums)
+        model = Spread(_dot(squares, sums.cell_columns), sums.cell_rows[0]) + self._roundoff * terms
+        return {"engine": engine, "arithmetic": arithmetic, "model": model}
+
+    def _weight_rounding(self, ref: TensorRef, squares: F64, sums: WeightEnergy) -> Spread:
+        """What rounding a weight to the dtype leaves, where it is not stored in it."""
+        stored = ref.dtype.lower()
+        unit = 0.0 if stored == self._arithmetic.dtype else UNIT[self._arithmetic.dtype]
+        return ROUND * unit**2 * Spread(_dot(squares, sums.columns), sums.rows[0])
+
+    def _sum(self, additions: float, terms: Spread, energy: Spread) -> Spread:
+        """Roundings of sums of random terms; see the module's description."""
+        return self._roundoff * (additions * ((1 / 3) * energy + (1 / 6) * terms) + energy)
+
+    def _scores(self, q: Tap, k: Tap, energy: Spread) -> dict[str, Spread]:
+        assert not isinstance(q, list)
+        assert not isinstance(k, list)
+        heads, width = self._config.num_heads, self._config.head_dim
+        group = heads // self._config.num_kv_heads
+        q2 = _squares(q).reshape(q.shape[0], heads, width)
+        k2 = np.repeat(_squares(k).reshape(k.shape[0], -1, width), group, axis=1)
+        per_token, per_head = [], np.zeros(heads)
+        for tokens in self._batch.slices:
+            terms = np.sum(q2[tokens] * np.cumsum(k2[tokens], axis=0), axis=2) / width
+            per_token.append(np.sum(terms, axis=1))
+            per_head += np.sum(terms, axis=0)
+        terms_of = Spread(np.concatenate(per_token), per_head)
+        engine = self._sum(width, terms_of, energy) + self._roundoff * terms_of
+        arithmetic = engine
+        if self._policy.kv_type == "f16":
+            arithmetic = engine + 2 * ROUND * UNIT["f16"] ** 2 * terms_of
+        return {"engine": engine, "arithmetic": arithmetic, "model": engine}
+
+    def _softmax(self, scores: Tap, output: Tap) -> dict[str, Spread]:
+        """An exponential's relative error is its argument's absolute one: the score, less the largest."""
+        heads = self._config.num_heads
+
+        def weighed(part: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
+            length = part.shape[0]
+            s = part.astype(np.float64).reshape(length, heads, length)
+            p = weights.astype(np.float64).reshape(length, heads, length)
+            seen = p > 0
+            with np.errstate(invalid="ignore", over="ignore"):
+                largest = np.max(np.where(seen, s, -np.inf), axis=2, keepdims=True)
+                size = np.where(seen, np.square(s - largest) + np.square(s), 0.0)
+                return np.asarray(p * np.sqrt(3.0 + size)).reshape(length, -1)
+
+        parts = [weighed(a, b) for a, b in zip(scores, output, strict=True)]
+        engine = self._roundoff * energy_of(parts, heads=heads)
+        return {"engine": engine, "arithmetic": engine, "model": engine}
+
+    def _weighted(self, weights: Tap, v: NDArray[Any], energy: Spread) -> dict[str, Spread]:
+        heads, width = self._config.num_heads, self._config.head_dim
+        group = heads // self._config.num_kv_heads
+        v2 = np.repeat(_squares(v).reshape(v.shape[0], -1, width), group, axis=1)
+        rows = []
+        for part, tokens in zip(weights, self._batch.slices, strict=True):
+            length = part.shape[0]
+            p2 = _squares(part).reshape(length, heads, length)
+            out = np.empty((length, heads, width))
+            for head in range(heads):
+                # Terms of an output: each value's square times its weight's.
+                out[:, head] = float64.matmul(p2[:, head], np.ascontiguousarray(v2[tokens, head].T))
+            rows.append(out.reshape(length, heads * width))
+        terms = np.concatenate(rows)
+        additions = (self._batch.positions + 1).astype(np.float64)
+        terms_of = Spread(np.sum(terms, axis=1), np.sum(terms, axis=0))
+        counted = terms * additions[:, None]
+        many = Spread(np.sum(counted, axis=1), np.sum(counted, axis=0))
+        longest = float(np.mean(additions))
+        own = Spread(energy.per_token * additions, energy.per_channel * longest)
+        engine = self._roundoff * ((1 / 3) * own + (1 / 6) * many + energy + terms_of)
+        arithmetic = engine
+        if self._policy.kv_type == "f16":
+            arithmetic = engine + 2 * ROUND * UNIT["f16"] ** 2 * terms_of
+            if self._fused:
+                engine = engine + ROUND * UNIT["f16"] ** 2 * ((1 / 3) * own + (1 / 6) * many + energy)
+        return {"engine": engine, "arithmetic": arithmetic, "model": engine}
+
+    def _elementwise(
+        self, layer: int, tap: str, part: str, inputs: Mapping[str, Tap], energy: Spread
+    ) -> dict[str, Spread]:
+        """Ops without a long sum: roundings of their outputs."""
+        engine = self._roundoff * _ENGINE_ROUNDINGS.get(tap, 1) * energy
+        model = engine
+        if tap in ("q_post_rope", "k_post_rope"):
+            # What is rounded before the two of a pair are mixed lies in both.
+            engine = self._roundoff * 3 * self._of_pairs(energy) + self._turns(inputs["qkv_bias"], tap[0])
+            if self._config.qk_norm:
+                engine = engine + 4 * self._roundoff * energy
+            model = engine + self._of_vector(
+                f"model.layers.{layer}.self_attn.{tap[0]}_norm.weight", energy, self._config.qk_norm
+            )
+        elif tap in ("attn_norm", "ffn_norm", "final_norm"):
+            name = {
+                "attn_norm": f"model.layers.{layer}.input_layernorm.weight",
+                "ffn_norm": f"model.layers.{layer}.post_attention_layernorm.weight",
+                "final_norm": "model.norm.weight",
+            }[tap]
+            model = engine + self._of_vector(name, energy)
+        elif tap == "qkv_bias" and self._config.attention_bias:
+            name = site_tensor(self._config, layer, part).removesuffix("weight") + "bias"
+            ref = self._own.tensors[name]
+            cells = cell_energy_of_rows(ref.raw(), ref.dtype).reshape(-1)
+            count = self._batch.n_tokens
+            model = engine + Spread(np.full(count, np.sum(cells)), cells * count)
+        elif tap == "embedding":
+            ref = self._own.tensors["model.embed_tokens.weight"]
+            cells = cell_energy_of_rows(np.ascontiguousarray(ref.raw()[self._batch.ids]), ref.dtype)
+            model = engine + Spread(np.sum(cells, axis=1), np.sum(cells, axis=0))
+        return {"engine": engine, "arithmetic": engine, "model": model}
+
+    def _of_pairs(self, energy: Spread) -> Spread:
+        """Half of the energy of a pair for each of its two channels."""
+        pairs = energy.per_channel.reshape(-1, 2, self._config.head_dim // 2)
+        mean = np.broadcast_to(np.mean(pairs, axis=1, keepdims=True), pairs.shape)
+        return Spread(energy.per_token, np.ascontiguousarray(mean).reshape(-1))
+
+    def _of_vector(self, name: str, energy: Spread, present: bool = True) -> Spread:
+        """What storing a norm's weights leaves: the relative error of each, or their mean over heads."""
+        if not present:
+            return 0.0 * energy
+        ref = self._own.tensors[name]
+        cells = cell_energy_of_rows(ref.raw(), ref.dtype).reshape(-1)
+        values = np.square(self._weights.vector(name, cells.size).astype(np.float64))
+        relative = np.divide(cells, values, out=np.zeros_like(cells), where=values > 0)
+        wide = np.resize(relative, energy.per_channel.size)
+        per_channel = energy.per_channel * wide
+        share = np.sum(per_channel) / max(float(np.sum(energy.per_channel)), 1e-300)
+        return Spread(energy.per_token * share, per_channel)
+
+    def _turns(self, qkv: Tap, site: str) -> Spread:
+        """What the roundings of an angle leave.
+
+        They are those of the frequency and of the product and, in engines that multiply their way from pair
+        to pair, i times that of the ratio at pair i.
+        """
+        assert not isinstance(qkv, list)
+        half = self._config.head_dim // 2
+        factors = self._weights.vector(ROPE_FREQS, half) if ROPE_FREQS in self._own.tensors else None
+        frequencies = exact_frequencies(self._config, factors)
+        pairs = np.arange(half, dtype=np.float64)
+        # An angle beyond a turn is wrong by a turn at most.
+        angle = self._batch.positions[:, None] * frequencies[None, :]
+        error = np.minimum(np.square(angle) * self._roundoff * (2 + pairs + pairs * pairs), 2.0)
+        squares = _squares(self._slice(qkv, site)).reshape(angle.shape[0], -1, 2, half)
+        each = np.broadcast_to(np.sum(squares, axis=2, keepdims=True) / 2, squares.shape)
+        spread = (each * error[:, None, None, :]).reshape(angle.shape[0], -1)
+        return Spread(np.sum(spread, axis=1), np.sum(spread, axis=0))
+
+    def _values(self, qkv: Tap) -> NDArray[Any]:
+        return self._slice(qkv, "v")
+
+    def _slice(self, qkv: Tap, site: str) -> NDArray[Any]:
+        assert not isinstance(qkv, list)
+        q, kv = (site_shape(self._config, name)[0] for name in ("q", "k"))
+        left, right = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[site]
+        return np.ascontiguousarray(qkv[:, left:right])
+
+    def _passed_on(
+        self,
+        tap: str,
+        source: str,
+        errors: Spread,
+        inputs: Mapping[str, Tap],
+        output: Tap,
+        energy: Spread,
+    ) -> Spread:
+        """An error of an input, in the output: as large a part of it, token by token."""
+        heads = self._config.num_heads
+        relative = _ratio(errors.per_token, energy_of(inputs[source], heads=heads).per_token)
+        if tap == "attn_softmax":
+            # Absolute errors of scores are relative ones of their exponentials.
+            counts = heads * (self._batch.positions + 1).astype(np.float64)
+            relative = errors.per_token / counts
+        passed = energy.per_token * relative
+        if tap == "attention" and source == "attn_softmax" and self._policy.kv_type == "f16":
+            # A weight that changes by a last bit may round to the other neighbour in float16.
+            passed = passed + energy.per_token * np.sqrt(relative) * 2 * UNIT["f16"]
+        share = np.sum(passed) / max(float(np.sum(energy.per_token)), 1e-300)
+        return Spread(passed, energy.per_channel * share)
+
+
+def _canonical(ref: TensorRef) -> NDArray[np.uint8]:
+    raw, order = ref.raw(), ref.row_order()
+    return raw if order is None else raw[order]
+
+
+def _dot(rows: F64, columns: F64) -> F64:
+    return np.asarray(np.sum(rows * columns, axis=1))
+
+
+def _ratio(a: F64, b: F64) -> F64:
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+
+
+def _at_least(spread: Spread) -> Spread:
+    """No token and no channel is expected to be free of errors where others are not."""
+    return Spread(
+        spread.per_token + _LEAST * np.mean(spread.per_token),
+        spread.per_channel + _LEAST * np.mean(spread.per_channel),
+    )
+
+
+def _flips(noise: Spread, energy: Spread, unit: float) -> Spread:
+    """Energy of values that a small error takes to the other neighbour when they are rounded.
+
+    An error d of a value of step s flips it with probability ``|d| / s``, and is then s: ``E|d| s``, with
+    ``E|d| = sqrt(2 / pi) sigma`` of a Gaussian d, and s the roundoff's step at the value's size.
+    """
+    factor = math.sqrt(2 / math.pi) * math.sqrt(12 * ROUND) * unit
+
+    def flipped(errors: F64, values: F64) -> F64:
+        return np.asarray(factor * np.sqrt(errors * values))
+
+    return Spread(flipped(noise.per_token, energy.per_token), flipped(noise.per_channel, energy.per_channel))
+
+
+def _activation_errors(x: NDArray[Any], fmt: str) -> F64:
+    """Mean square error of each value of an activation that is rounded to a format, ``float64[n, k]``."""
+    if fmt == "none":
+        return np.zeros(x.shape)
+    squares = _squares(x)
+    if fmt in ("f16", "bf16"):
+        return ROUND * UNIT[fmt] ** 2 * squares
+    quantized = quantize_activation(np.asarray(x, np.float32), fmt)
+    assert isinstance(quantized, QuantizedActivation)
+    steps = _squares(quantized.d) / 12.0
+    errors = np.repeat(steps, quantized.block_size, axis=1)
+    if quantized.block_size == 32:
+        # Its scale is rounded to float16 after it was used.
+        errors = errors + ROUND * UNIT["f16"] ** 2 * squares
+    return errors
