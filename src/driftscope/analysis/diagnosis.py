@@ -50,8 +50,8 @@ def diagnose(
         progress: called with the ops replayed and their number.
 
     Returns:
-        Plain values: ``status`` (``done`` or ``inadmissible`` with a ``reason``), ``tested`` (ops), ``flagged``,
-        ``first`` with its class and statement, ``capture_points``, ``map`` (local errors by op).
+        Plain values: ``status`` (``done`` or ``inadmissible`` with a ``reason``), ``tested`` (ops),
+        ``flagged``, ``first`` with its class and statement, ``capture_points``, ``map`` (local errors by op).
     """
     entry = {
         "path": path or trace.name,
@@ -135,8 +135,8 @@ def local_map(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     sums: dict[tuple[int, str], dict[str, dict[str, list[float]]]] = {}
     for row in rows:
-        prompts = sums.setdefault((row["layer"], row["tap"]), {})
-        at = prompts.setdefault(row["prompt"], {}).setdefault(row["component"], [0.0, 0.0, 0.0])
+        op = sums.setdefault((row["layer"], row["tap"]), {})
+        at = op.setdefault(row["prompt"], {}).setdefault(row["component"], [0.0, 0.0, 0.0])
         for index, key in enumerate(("energy", "signal_energy", "predicted_energy")):
             at[index] += row[key] or 0.0
     found = []

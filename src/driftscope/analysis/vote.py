@@ -186,7 +186,7 @@ def _groups(linked: NDArray[np.bool_]) -> list[list[int]]:
 
 def _op(names: Sequence[str], traces: Mapping[str, Trace], place: Place) -> dict[str, Any]:
     layer, tap = place
-    arrays = [_values(traces[name], layer, tap) for name in names]
+    arrays = [values_of(traces[name], layer, tap) for name in names]
     if len({array.shape for array in arrays}) > 1:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(names, arrays, strict=True))
         raise InputError(f"{tap_name(layer, tap)} has unlike shapes: {shapes}")
@@ -214,7 +214,7 @@ def _op(names: Sequence[str], traces: Mapping[str, Trace], place: Place) -> dict
     }
 
 
-def _values(trace: Trace, layer: int, tap: str) -> F64:
+def values_of(trace: Trace, layer: int, tap: str) -> F64:
     """A tap of all tokens; of scores and weights what a causal query sees."""
     if tap not in RAGGED:
         return trace.tap(layer, tap).astype(np.float64)
