@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,12 @@ PARTS: Mapping[str, tuple[str, ...]] = {"qkv_matmul": ("q", "k", "v"), "qkv_bias
 """Taps that may be stored in parts, ``layers.3.qkv_bias.q`` and so on, which lie side by side."""
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
+_NAME = re.compile(
+    r"(?:layers\.(?P<layer>0|[1-9][0-9]{0,4})\.)?(?P<tap>[A-Za-z0-9_-]+)(?:\.(?P<part>[a-z]+))?"
+    r"(?:\[(?P<prompt>[^\[\]]+)\])?"
+)
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors")
+_ABOUT = ("capture_point", "absent")
 _KNOWN_KEYS = {
     *("format", "version", "engine", "model", "arithmetic", "prompts", "taps", "files", "arrays_sha256")
 }
@@ -94,7 +101,7 @@ class TraceManifest:
             "engine": dict(self.engine),
             "model": dict(self.model),
             "arithmetic": None if self.arithmetic is None else self.arithmetic.to_dict(),
-            "prompts": [{"id": prompt, "ids": list(ids)} for prompt, ids in self.prompts],
+            "prompts": [{"id": prompt, "ids": [int(i) for i in ids]} for prompt, ids in self.prompts],
             "taps": taps,
             "files": list(self.files),
             "arrays_sha256": self.arrays_sha256,
@@ -118,14 +125,23 @@ class TraceManifest:
             )
         taps = _mapping(document, "taps", where)
         for tap, about in taps.items():
-            if not isinstance(about, Mapping) or not all(isinstance(text, str) for text in about.values()):
-                raise InputError(f"{where}: taps.{tap} must give capture_point or absent as text")
+            if not isinstance(about, Mapping) or not all(
+                key in _ABOUT and isinstance(text, str) for key, text in about.items()
+            ):
+                raise InputError(
+                    f"{where}: taps: {tap!r} must give {' or '.join(_ABOUT)} as text, and only that"
+                )
         arithmetic = document.get("arithmetic")
         if arithmetic is not None and not isinstance(arithmetic, Mapping):
             raise InputError(f"{where}: arithmetic must be an object or null")
         files = document.get("files") or []
         if not isinstance(files, list) or not all(_is_plain(name) for name in files):
-            raise InputError(f"{where}: files must name safetensors files of the folder")
+            raise InputError(f"{where}: files must name .safetensors files of the folder, without a path")
+        if len(set(files)) != len(files):
+            raise InputError(f"{where}: files names one file twice")
+        digest = document.get("arrays_sha256") or ""
+        if not isinstance(digest, str):
+            raise InputError(f"{where}: arrays_sha256 must be text")
         return cls(
             prompts=_prompts(document.get("prompts"), where),
             engine=_mapping(document, "engine", where) or {"name": "unknown"},
@@ -136,7 +152,7 @@ class TraceManifest:
             },
             absent={t: about["absent"] for t, about in taps.items() if "absent" in about},
             files=tuple(files),
-            arrays_sha256=str(document.get("arrays_sha256") or ""),
+            arrays_sha256=digest,
         )
 
 
@@ -153,21 +169,22 @@ class Trace:
         """Open a trace.
 
         Raises:
-            InputError: no manifest, a malformed one, or an unusable safetensors file.
+            InputError: no manifest, a malformed one, an unusable safetensors file, an array whose name is not
+                that of a tap or of a prompt of the manifest, or one tap twice.
         """
+        if not (folder / MANIFEST).exists():
+            raise InputError(f"{folder}: there is no {MANIFEST}; expected the folder of a trace")
         self.folder = folder
         self.manifest = TraceManifest.from_dict(read_json_object(folder / MANIFEST), str(folder / MANIFEST))
         self.batch = self.manifest.batch
+        self._ids = tuple(prompt for prompt, _ in self.manifest.prompts)
+        self._stored: dict[tuple[int, str], dict[str, dict[str, StoredTensor]]] = {}
         names = self.manifest.files or tuple(
             path.name for path in list_folder(folder) if path.suffix == ".safetensors"
         )
-        self._stored: dict[str, StoredTensor] = {}
         for name in names:
-            for key, tensor in read_safetensors(folder / name).items():
-                if key in self._stored:
-                    raise InputError(f"{folder}: {key} is in {self._stored[key].file.name} and in {name}")
-                self._stored[key] = tensor
-        self._ids = tuple(prompt for prompt, _ in self.manifest.prompts)
+            for tensor in read_safetensors(folder / name).values():
+                self._add(tensor)
 
     @property
     def name(self) -> str:
@@ -177,27 +194,30 @@ class Trace:
     @property
     def places(self) -> frozenset[tuple[int, str]]:
         """Layer (`WHOLE_MODEL` for none) and tap of all that is complete: every prompt, every part."""
-        found = {_place(key) for key in self._stored}
-        return frozenset(place for place in found if place is not None and self.has(*place))
+        return frozenset(place for place in self._stored if self.has(*place))
 
     def has(self, layer: int, tap: str) -> bool:
         """Whether a tap is there for every prompt."""
-        return self._names(layer, tap) is not None
+        return self._arrays(layer, tap) is not None
 
     def tap(self, layer: int, tap: str) -> F32:
         """One tap of all tokens, ``float32[n_tokens, channels]``; prompts one after another.
 
         Raises:
-            InputError: it is not there, is `RAGGED`, or has another number of rows than there are tokens.
+            InputError: it is not there, is `RAGGED`, or its shape is not that of its prompts' tokens.
         """
-        rows = [self._array(names, tap) for names in self._required(layer, tap)]
-        array = rows[0] if len(rows) == 1 else np.concatenate(rows)
-        if tap in RAGGED or array.ndim != 2 or array.shape[0] != self.batch.n_tokens:
-            raise InputError(
-                f"{self.folder}: {tap_name(layer, tap)} has the shape {list(array.shape)}; "
-                f"expected {self.batch.n_tokens} rows, one a token"
-            )
-        return array
+        if tap in RAGGED:
+            raise InputError(f"{self.folder}: {tap_name(layer, tap)} is one array a prompt; ask for `ragged`")
+        rows = []
+        for length, parts in self._required(layer, tap):
+            for tensor in parts:
+                _check_shape(
+                    tensor, len(tensor.shape) == 2 and tensor.shape[0] == length, f"[{length}, channels]"
+                )
+            arrays = [_read(tensor) for tensor in parts]
+            rows.append(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1))
+        self._check_same(layer, tap, [array.shape[1] for array in rows], "channels")
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def ragged(self, layer: int, tap: str) -> list[F32]:
         """One tap of `RAGGED`: for each prompt ``float32[t, heads * t]``, head by head.
@@ -206,50 +226,79 @@ class Trace:
             InputError: it is not there, or its shape is not that of scores.
         """
         found = []
-        for names, tokens in zip(self._required(layer, tap), self.batch.slices, strict=True):
-            array, length = self._array(names, tap), tokens.stop - tokens.start
-            if array.ndim == 3 and array.shape[1:] == (length, length):
-                # [heads, queries, keys], as torch has it.
+        for length, (tensor, *_) in self._required(layer, tap):
+            shape = tensor.shape
+            square = len(shape) == 3 and shape[1:] == (length, length)
+            flat = len(shape) == 2 and shape[0] == length and shape[1] % length == 0
+            _check_shape(
+                tensor, square or flat, f"[heads, {length}, {length}] or [{length}, heads * {length}]"
+            )
+            array = _read(tensor)
+            if square:
                 array = np.ascontiguousarray(array.swapaxes(0, 1)).reshape(length, -1)
-            if array.ndim != 2 or array.shape[0] != length or array.shape[1] % length:
-                raise InputError(
-                    f"{self.folder}: {tap_name(layer, tap)} has the shape {list(array.shape)}; "
-                    f"expected {length} rows of heads times {length} keys"
-                )
             found.append(array)
+        self._check_same(layer, tap, [array.shape[1] // array.shape[0] for array in found], "heads")
         return found
 
-    def _required(self, layer: int, tap: str) -> list[tuple[str, ...]]:
-        names = self._names(layer, tap)
-        if names is None:
-            raise InputError(f"{self.folder}: the trace has no {tap_name(layer, tap)}")
-        return names
+    def _add(self, tensor: StoredTensor) -> None:
+        """Enter an array by layer and tap, prompt and part; empty text for all prompts, for no part."""
+        match = _NAME.fullmatch(tensor.name)
+        known = match is not None and (match["part"] or "") in ("", *PARTS.get(match["tap"], ()))
+        if match is None or not known:
+            raise InputError(
+                f"{tensor.file}: the name {_short(tensor.name)} is not that of a tap; expected tap or "
+                "layers.N.tap, and [prompt] after it where it holds one prompt"
+            )
+        place = (WHOLE_MODEL if match["layer"] is None else int(match["layer"]), match["tap"])
+        prompt, part = match["prompt"] or "", match["part"] or ""
+        if prompt and prompt not in self._ids:
+            raise InputError(
+                f"{tensor.file}: {_short(tensor.name)} is of a prompt that {MANIFEST} does not list"
+            )
+        prompts = self._stored.setdefault(place, {})
+        parts = prompts.setdefault(prompt, {})
+        twice = part in parts or (parts and "" in (part, *parts)) or ("" in prompts and len(prompts) > 1)
+        if twice:
+            raise InputError(
+                f"{tensor.file}: {_short(tensor.name)} is there twice: in two files, in parts too, or by "
+                "prompt too"
+            )
+        parts[part] = tensor
 
-    def _names(self, layer: int, tap: str) -> list[tuple[str, ...]] | None:
-        """For each array that a tap is put together from, the names of its parts; None if one is missing."""
-        full = tap_name(layer, tap)
-        whole = [full] if tap not in RAGGED or len(self._ids) == 1 else []
-        for stems in (whole, [f"{full}[{prompt}]" for prompt in self._ids]):
-            found = [self._parts(stem, tap) for stem in stems]
-            if found and all(found):
-                return [names for names in found if names]
-        return None
+    def _required(self, layer: int, tap: str) -> list[tuple[int, tuple[StoredTensor, ...]]]:
+        found = self._arrays(layer, tap)
+        if found is None:
+            some = " in full: a prompt or a part is missing" if (layer, tap) in self._stored else ""
+            raise InputError(f"{self.folder}: the trace has no {tap_name(layer, tap)}{some}")
+        return found
 
-    def _parts(self, stem: str, tap: str) -> tuple[str, ...] | None:
-        if stem in self._stored:
-            return (stem,)
-        head, bracket, prompt = stem.partition("[")
-        names = tuple(f"{head}.{part}{bracket}{prompt}" for part in PARTS.get(tap, ()))
-        return names if names and all(name in self._stored for name in names) else None
+    def _arrays(self, layer: int, tap: str) -> list[tuple[int, tuple[StoredTensor, ...]]] | None:
+        """For each array that a tap is put together from, its number of tokens and its parts.
 
-    def _array(self, names: Sequence[str], tap: str) -> F32:
-        arrays = [_read(self._stored[name]) for name in names]
-        for name, array in zip(names, arrays, strict=True):
-            if array.ndim < 2 or array.ndim > (3 if tap in RAGGED else 2):
-                raise InputError(
-                    f"{self.folder}: {name} has the shape {list(array.shape)}; expected tokens x channels"
-                )
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
+        None if one is missing.
+        """
+        stored = self._stored.get((layer, tap), {})
+        if "" in stored:
+            if tap in RAGGED and len(self._ids) > 1:
+                return None
+            wanted = [("", self.batch.n_tokens)]
+        else:
+            wanted = [(prompt, len(ids)) for prompt, ids in self.manifest.prompts]
+        found = []
+        for prompt, length in wanted:
+            parts = stored.get(prompt, {})
+            names = ("",) if "" in parts else PARTS.get(tap, ("",))
+            if not all(name in parts for name in names):
+                return None
+            found.append((length, tuple(parts[name] for name in names)))
+        return found
+
+    def _check_same(self, layer: int, tap: str, counts: Sequence[int], what: str) -> None:
+        if len(set(counts)) > 1:
+            raise InputError(
+                f"{self.folder}: {tap_name(layer, tap)} has {counts[0]} {what} in one prompt and "
+                f"{next(n for n in counts if n != counts[0])} in another"
+            )
 
 
 class TraceWriter:
@@ -259,33 +308,77 @@ class TraceWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Begin a trace in a folder, which is made where it is missing; files of an earlier trace go."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for path in list_folder(folder):
-            if path.suffix == ".safetensors":
-                path.unlink()
+        """Begin a trace in a folder, which is made where it is missing; files of an earlier trace go.
+
+        Raises:
+            InputError: the folder holds a safetensors file that no trace wrote, or cannot be written.
+        """
         self.folder = folder
         self._files: list[str] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in _earlier_files(folder):
+                path.unlink()
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
     def write(self, stem: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Write ``<stem>.safetensors``; names as in `Trace`, values float32 or float16."""
+        """Write ``<stem>.safetensors``; names as in `Trace`, values float32 or float16.
+
+        Raises:
+            InputError: it cannot be written.
+            ValueError: a stem that is used already or is no plain name, or another dtype.
+        """
         from safetensors.numpy import save_file
 
         if not arrays:
             return
         name = f"{stem}.safetensors"
-        try:
-            save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, self.folder / name)
-        except Exception as error:
-            # safetensors reports a full disk as its own error type, without an errno.
-            raise InputError(f"{self.folder / name}: cannot be written: {error}") from error
+        if not _is_plain(name) or name in self._files:
+            raise ValueError(f"{name!r} is no plain file name, or was written already")
+        for key, array in arrays.items():
+            if array.dtype not in (np.float32, np.float16):
+                raise ValueError(f"{key} has the dtype {array.dtype}; expected float32 or float16")
+        contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        with replacing(self.folder / name) as partial:
+            try:
+                save_file(contiguous, partial, metadata={"format": FORMAT})
+            except Exception as error:
+                # safetensors reports a full disk as its own error type, without an errno.
+                raise InputError(f"{self.folder / name}: cannot be written: {error}") from error
         self._files.append(name)
 
     def finish(self, manifest: TraceManifest) -> Trace:
         """Write the manifest and open the trace."""
         write_manifest(self.folder, manifest, self._files)
         return Trace(self.folder)
+
+
+def _earlier_files(folder: Path) -> list[Path]:
+    """The manifest and the arrays of an earlier trace, also of one that was not finished.
+
+    Raises:
+        InputError: the folder holds a safetensors file that no trace wrote: a model, perhaps.
+    """
+    manifest = folder / MANIFEST
+    arrays = [path for path in list_folder(folder) if path.suffix == ".safetensors"]
+    listed: set[str] = set()
+    if manifest.exists():
+        listed = set(TraceManifest.from_dict(read_json_object(manifest), str(manifest)).files)
+    for path in arrays:
+        if path.name not in listed and not _is_of_a_trace(path):
+            raise InputError(f"{path}: not a trace's; expected a folder for a trace alone")
+    return [*([manifest] if manifest.exists() else []), *arrays]
+
+
+def _is_of_a_trace(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            return (stream.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_manifest(folder: Path, manifest: TraceManifest, files: Sequence[str]) -> None:
@@ -307,24 +400,23 @@ def _read(tensor: StoredTensor) -> F32:
         raise InputError(
             f"{tensor.file}: {tensor.name} has the dtype {tensor.dtype}; expected one of {', '.join(_FLOATS)}"
         )
-    if not tensor.nbytes:
-        return np.zeros(tensor.shape, dtype=np.float32)
     ref = TensorRef(
         tensor.name, tensor.name, tensor.shape, tensor.dtype, tensor.file, tensor.offset, tensor.nbytes
     )
     return dequantize(np.ascontiguousarray(ref.raw()), tensor.dtype).reshape(tensor.shape)
 
 
-def _place(key: str) -> tuple[int, str] | None:
-    """Layer and tap of a stored name; None where the name is not one of a tap."""
-    full, layer = key.partition("[")[0], WHOLE_MODEL
-    if full.startswith("layers."):
-        number, _, full = full.removeprefix("layers.").partition(".")
-        if not number.isdigit():
-            return None
-        layer = int(number)
-    stem, _, part = full.rpartition(".")
-    return layer, stem if part in PARTS.get(stem, ()) else full
+def _check_shape(tensor: StoredTensor, fits: bool, expected: str) -> None:
+    if not fits or 0 in tensor.shape:
+        raise InputError(
+            f"{tensor.file}: {tensor.name} has the shape {list(tensor.shape)}; expected {expected}"
+        )
+
+
+def _short(text: str) -> str:
+    """A name for a message: printable, cut where it is long."""
+    shown = text if text.isprintable() else repr(text)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def _prompts(value: Any, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -334,12 +426,20 @@ def _prompts(value: Any, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     for item in value:
         ids = item.get("ids") if isinstance(item, Mapping) else None
         name = item.get("id") if isinstance(item, Mapping) else None
-        if not isinstance(name, str) or not name or set(name) & set("[]") or not _are_ids(ids):
-            raise InputError(f"{where}: a prompt needs an id (text without brackets) and ids (token ids)")
+        if not isinstance(name, str) or not is_prompt_id(name) or not _are_ids(ids):
+            raise InputError(
+                f"{where}: a prompt needs an id (printable text without brackets) and ids (a list of one or "
+                "more token ids, 0 to 2147483647)"
+            )
         found.append((name, tuple(ids or ())))
     if len({name for name, _ in found}) != len(found):
         raise InputError(f"{where}: two prompts have the same id")
     return tuple(found)
+
+
+def is_prompt_id(name: str) -> bool:
+    """Whether a prompt can be called so: names of arrays end in it, within brackets."""
+    return bool(name) and name.isprintable() and not set(name) & set("[]")
 
 
 def _are_ids(value: Any) -> bool:
@@ -358,7 +458,7 @@ def _mapping(document: Mapping[str, Any], key: str, where: str) -> Mapping[str, 
 
 
 def _is_plain(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+    return isinstance(name, str) and _FILE.fullmatch(name) is not None
 
 
 def missing_places(trace: Trace, wanted: Iterable[tuple[int, str]]) -> list[str]:
