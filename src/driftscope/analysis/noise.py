@@ -23,7 +23,7 @@ tokens of an output, need the weight's column sums and its rows weighted alone
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -41,7 +41,7 @@ from driftscope.forward.weights import Weights
 from driftscope.kernels import float64
 from driftscope.kernels.activations import QuantizedActivation, quantize_activation
 from driftscope.kernels.formats import format_of
-from driftscope.kernels.weight_energy import WeightEnergy, cell_energy_of_rows, weight_energy
+from driftscope.kernels.weight_energy import cell_energy_of_rows, weight_energy
 
 F64 = NDArray[np.float64]
 
@@ -98,10 +98,23 @@ class Spread:
     Attributes:
         per_token: ``float64[n_tokens]``.
         per_channel: ``float64[channels]``; of ragged taps one number a head.
+        by_sequence: ``float64[n_sequences, channels]``, `per_channel` of each sequence; None where it is
+            taken to be divided as the tokens' energies are.
     """
 
     per_token: F64
     per_channel: F64
+    by_sequence: F64 | None = None
+
+    @classmethod
+    def of(cls, per_token: F64, by_sequence: F64) -> Spread:
+        """From the tokens' energies and the channels' of every sequence."""
+        return cls(per_token, np.sum(by_sequence, axis=0), by_sequence)
+
+    @classmethod
+    def of_values(cls, energies: F64, batch: TokenBatch) -> Spread:
+        """From the energies of single values, ``float64[n_tokens, channels]``."""
+        return cls.of(np.sum(energies, axis=1), _grouped(energies, batch))
 
     @property
     def total(self) -> float:
@@ -109,30 +122,52 @@ class Spread:
         return float(np.sum(self.per_token))
 
     def __add__(self, other: Spread) -> Spread:
-        return Spread(self.per_token + other.per_token, self.per_channel + other.per_channel)
+        both = None
+        if self.by_sequence is not None and other.by_sequence is not None:
+            both = self.by_sequence + other.by_sequence
+        return Spread(self.per_token + other.per_token, self.per_channel + other.per_channel, both)
 
     def __mul__(self, factor: float) -> Spread:
-        return Spread(self.per_token * factor, self.per_channel * factor)
+        rows = None if self.by_sequence is None else self.by_sequence * factor
+        return Spread(self.per_token * factor, self.per_channel * factor, rows)
 
     __rmul__ = __mul__
 
+    def of_sequence(self, sequence: int, tokens: slice) -> tuple[F64, F64]:
+        """Energies of the tokens and of the channels of one sequence."""
+        per_token = self.per_token[tokens]
+        if self.by_sequence is not None:
+            return per_token, self.by_sequence[sequence]
+        share = float(np.sum(per_token)) / self.total if self.total > 0 else 0.0
+        return per_token, self.per_channel * share
 
-def energy_of(value: Tap, *, heads: int = 1) -> Spread:
+
+def side_by_side(parts: Sequence[Spread]) -> Spread:
+    """The spread of a tap that is put together from parts with all tokens and some channels each."""
+    rows = [part.by_sequence for part in parts if part.by_sequence is not None]
+    per_token = np.sum(np.stack([part.per_token for part in parts]), axis=0)
+    if len(rows) < len(parts):
+        return Spread(per_token, np.concatenate([part.per_channel for part in parts]))
+    return Spread.of(per_token, np.concatenate(rows, axis=1))
+
+
+def energy_of(value: Tap, batch: TokenBatch, *, heads: int = 1) -> Spread:
     """Energy of the finite values of a tap.
 
     Args:
         value: a tap; what is not finite counts as zero.
+        batch: its tokens.
         heads: of a ragged tap, the number of heads.
     """
     if isinstance(value, list):
-        parts = []
-        for part in value:
-            squares = _squares(part).reshape(part.shape[0], heads, -1)
-            each = np.sum(squares, axis=2)
-            parts.append((np.sum(each, axis=1), np.sum(each, axis=0)))
-        return Spread(np.concatenate([a for a, _ in parts]), np.sum(np.stack([b for _, b in parts]), axis=0))
-    squares = _squares(value)
-    return Spread(np.sum(squares, axis=1), np.sum(squares, axis=0))
+        each = [np.sum(_squares(part).reshape(part.shape[0], heads, -1), axis=2) for part in value]
+        return Spread.of_values(np.concatenate(each), batch)
+    return Spread.of_values(_squares(value), batch)
+
+
+def _grouped(values: F64, batch: TokenBatch) -> F64:
+    """Sums over the tokens of each sequence."""
+    return np.stack([np.sum(values[tokens], axis=0) for tokens in batch.slices])
 
 
 def _squares(values: NDArray[Any]) -> F64:
@@ -196,7 +231,7 @@ class Noise:
             inherited: of inputs that were not recorded but recomputed, the errors that they are expected to
                 have themselves.
         """
-        energy = energy_of(output, heads=self._config.num_heads)
+        energy = energy_of(output, self._batch, heads=self._config.num_heads)
         site = part if tap == "qkv_matmul" else _SITES.get(tap)
         if site:
             found = self._product(layer, site, inputs[_MATMUL_INPUT[tap]], energy, components)
@@ -205,7 +240,9 @@ class Noise:
         elif tap == "attn_softmax":
             found = self._softmax(inputs["attn_scores"], output)
         elif tap == "attention":
-            found = self._weighted(inputs["attn_softmax"], self._values(inputs["qkv_bias"]), energy)
+            found = self._weighted(
+                inputs["attn_softmax"], self._slice(inputs["qkv_bias"], "v"), output, energy
+            )
         else:
             found = self._elementwise(layer, tap, part, inputs, energy)
         unit = UNIT[self._arithmetic.dtype]
@@ -232,10 +269,11 @@ class Noise:
         fmt = self._weights.activation_format(ref.name, choice)
         step = _activation_errors(x, fmt)
         squares = _squares(x)
-        factors = np.stack([np.sum(squares, axis=0), np.sum(step, axis=0)])
+        factors = np.concatenate([_grouped(squares, self._batch), _grouped(step, self._batch)])
+        count = self._batch.n_sequences
         cells = "model" in components
         sums = weight_energy(_canonical(ref), ref.dtype, factors, cells=cells, threads=self._threads)
-        terms = Spread(_dot(squares, sums.columns), sums.rows[0])
+        terms = Spread.of(_dot(squares, sums.columns), sums.rows[:count])
         layout = format_of(ref.dtype)
         blocks = choice.path == "int8-dot" and layout.is_integer and fmt.startswith(("q8", "apr"))
         additions = x.shape[1]
@@ -244,17 +282,12 @@ class Noise:
             additions //= 32 if fmt.startswith(("q8_0", "q8_1")) else 256
             terms = terms * (4.0 if layout.offset != "none" else 1.0)
         engine = self._sum(additions, terms, energy) + self._roundoff * (2.0 if blocks else 1.0) * terms
-        arithmetic = engine + Spread(_dot(step, sums.columns), sums.rows[1])
-        if self._arithmetic.dtype != "f32":
-            arithmetic = arithmetic + self._weight_rounding(ref, squares, sums)
-        model = Spread(_dot(squares, sums.cell_columns), sums.cell_rows[0]) + self._roundoff * terms
-        return {"engine": engine, "arithmetic": arithmetic, "model": model}
-
-    def _weight_rounding(self, ref: TensorRef, squares: F64, sums: WeightEnergy) -> Spread:
-        """What rounding a weight to the dtype leaves, where it is not stored in it."""
-        stored = ref.dtype.lower()
-        unit = 0.0 if stored == self._arithmetic.dtype else UNIT[self._arithmetic.dtype]
-        return ROUND * unit**2 * Spread(_dot(squares, sums.columns), sums.rows[0])
+        arithmetic = engine + Spread.of(_dot(step, sums.columns), sums.rows[count:])
+        if ref.dtype.lower() != self._arithmetic.dtype and self._arithmetic.dtype != "f32":
+            # Weights that are not stored in the dtype are rounded to it.
+            arithmetic = arithmetic + ROUND * UNIT[self._arithmetic.dtype] ** 2 * terms
+        stored = Spread.of(_dot(squares, sums.cell_columns), sums.cell_rows[:count])
+        return {"engine": engine, "arithmetic": arithmetic, "model": stored + self._roundoff * terms}
 
     def _sum(self, additions: float, terms: Spread, energy: Spread) -> Spread:
         """Roundings of sums of random terms; see the module's description."""
@@ -267,12 +300,8 @@ class Noise:
         group = heads // self._config.num_kv_heads
         q2 = _squares(q).reshape(q.shape[0], heads, width)
         k2 = np.repeat(_squares(k).reshape(k.shape[0], -1, width), group, axis=1)
-        per_token, per_head = [], np.zeros(heads)
-        for tokens in self._batch.slices:
-            terms = np.sum(q2[tokens] * np.cumsum(k2[tokens], axis=0), axis=2) / width
-            per_token.append(np.sum(terms, axis=1))
-            per_head += np.sum(terms, axis=0)
-        terms_of = Spread(np.concatenate(per_token), per_head)
+        sums = np.concatenate([np.cumsum(k2[tokens], axis=0) for tokens in self._batch.slices])
+        terms_of = Spread.of_values(np.sum(q2 * sums, axis=2) / width, self._batch)
         engine = self._sum(width, terms_of, energy) + self._roundoff * terms_of
         arithmetic = engine
         if self._policy.kv_type == "f16":
@@ -294,10 +323,11 @@ class Noise:
                 return np.asarray(p * np.sqrt(3.0 + size)).reshape(length, -1)
 
         parts = [weighed(a, b) for a, b in zip(scores, output, strict=True)]
-        engine = self._roundoff * energy_of(parts, heads=heads)
+        engine = self._roundoff * energy_of(parts, self._batch, heads=heads)
         return {"engine": engine, "arithmetic": engine, "model": engine}
 
-    def _weighted(self, weights: Tap, v: NDArray[Any], energy: Spread) -> dict[str, Spread]:
+    def _weighted(self, weights: Tap, v: NDArray[Any], output: Tap, energy: Spread) -> dict[str, Spread]:
+        assert not isinstance(output, list)
         heads, width = self._config.num_heads, self._config.head_dim
         group = heads // self._config.num_kv_heads
         v2 = np.repeat(_squares(v).reshape(v.shape[0], -1, width), group, axis=1)
@@ -311,18 +341,15 @@ class Noise:
                 out[:, head] = float64.matmul(p2[:, head], np.ascontiguousarray(v2[tokens, head].T))
             rows.append(out.reshape(length, heads * width))
         terms = np.concatenate(rows)
-        additions = (self._batch.positions + 1).astype(np.float64)
-        terms_of = Spread(np.sum(terms, axis=1), np.sum(terms, axis=0))
-        counted = terms * additions[:, None]
-        many = Spread(np.sum(counted, axis=1), np.sum(counted, axis=0))
-        longest = float(np.mean(additions))
-        own = Spread(energy.per_token * additions, energy.per_channel * longest)
-        engine = self._roundoff * ((1 / 3) * own + (1 / 6) * many + energy + terms_of)
+        additions = (self._batch.positions + 1).astype(np.float64)[:, None]
+        terms_of = Spread.of_values(terms, self._batch)
+        sums = Spread.of_values((_squares(output) / 3 + terms / 6) * additions, self._batch)
+        engine = self._roundoff * (sums + energy + terms_of)
         arithmetic = engine
         if self._policy.kv_type == "f16":
             arithmetic = engine + 2 * ROUND * UNIT["f16"] ** 2 * terms_of
             if self._fused:
-                engine = engine + ROUND * UNIT["f16"] ** 2 * ((1 / 3) * own + (1 / 6) * many + energy)
+                engine = engine + ROUND * UNIT["f16"] ** 2 * (sums + energy)
         return {"engine": engine, "arithmetic": arithmetic, "model": engine}
 
     def _elementwise(
@@ -350,19 +377,21 @@ class Noise:
             name = site_tensor(self._config, layer, part).removesuffix("weight") + "bias"
             ref = self._own.tensors[name]
             cells = cell_energy_of_rows(ref.raw(), ref.dtype).reshape(-1)
-            count = self._batch.n_tokens
-            model = engine + Spread(np.full(count, np.sum(cells)), cells * count)
+            wide = np.broadcast_to(cells, (self._batch.n_tokens, cells.size))
+            model = engine + Spread.of_values(wide, self._batch)
         elif tap == "embedding":
             ref = self._own.tensors["model.embed_tokens.weight"]
             cells = cell_energy_of_rows(np.ascontiguousarray(ref.raw()[self._batch.ids]), ref.dtype)
-            model = engine + Spread(np.sum(cells, axis=1), np.sum(cells, axis=0))
+            model = engine + Spread.of_values(cells, self._batch)
         return {"engine": engine, "arithmetic": engine, "model": model}
 
     def _of_pairs(self, energy: Spread) -> Spread:
         """Half of the energy of a pair for each of its two channels."""
-        pairs = energy.per_channel.reshape(-1, 2, self._config.head_dim // 2)
-        mean = np.broadcast_to(np.mean(pairs, axis=1, keepdims=True), pairs.shape)
-        return Spread(energy.per_token, np.ascontiguousarray(mean).reshape(-1))
+        assert energy.by_sequence is not None
+        rows = energy.by_sequence
+        pairs = rows.reshape(rows.shape[0], -1, 2, self._config.head_dim // 2)
+        mean = np.broadcast_to(np.mean(pairs, axis=2, keepdims=True), pairs.shape)
+        return Spread.of(energy.per_token, np.ascontiguousarray(mean).reshape(rows.shape))
 
     def _of_vector(self, name: str, energy: Spread, present: bool = True) -> Spread:
         """What storing a norm's weights leaves: the relative error of each, or their mean over heads."""
@@ -372,10 +401,10 @@ class Noise:
         cells = cell_energy_of_rows(ref.raw(), ref.dtype).reshape(-1)
         values = np.square(self._weights.vector(name, cells.size).astype(np.float64))
         relative = np.divide(cells, values, out=np.zeros_like(cells), where=values > 0)
-        wide = np.resize(relative, energy.per_channel.size)
-        per_channel = energy.per_channel * wide
-        share = np.sum(per_channel) / max(float(np.sum(energy.per_channel)), 1e-300)
-        return Spread(energy.per_token * share, per_channel)
+        assert energy.by_sequence is not None
+        rows = energy.by_sequence * np.resize(relative, energy.per_channel.size)
+        share = float(np.sum(rows)) / max(energy.total, 1e-300)
+        return Spread.of(energy.per_token * share, rows)
 
     def _turns(self, qkv: Tap, site: str) -> Spread:
         """What the roundings of an angle leave.
@@ -393,11 +422,7 @@ class Noise:
         error = np.minimum(np.square(angle) * self._roundoff * (2 + pairs + pairs * pairs), 2.0)
         squares = _squares(self._slice(qkv, site)).reshape(angle.shape[0], -1, 2, half)
         each = np.broadcast_to(np.sum(squares, axis=2, keepdims=True) / 2, squares.shape)
-        spread = (each * error[:, None, None, :]).reshape(angle.shape[0], -1)
-        return Spread(np.sum(spread, axis=1), np.sum(spread, axis=0))
-
-    def _values(self, qkv: Tap) -> NDArray[Any]:
-        return self._slice(qkv, "v")
+        return Spread.of_values((each * error[:, None, None, :]).reshape(angle.shape[0], -1), self._batch)
 
     def _slice(self, qkv: Tap, site: str) -> NDArray[Any]:
         assert not isinstance(qkv, list)
@@ -416,7 +441,7 @@ class Noise:
     ) -> Spread:
         """An error of an input, in the output: as large a part of it, token by token."""
         heads = self._config.num_heads
-        relative = _ratio(errors.per_token, energy_of(inputs[source], heads=heads).per_token)
+        relative = _ratio(errors.per_token, energy_of(inputs[source], self._batch, heads=heads).per_token)
         if tap == "attn_softmax":
             # Absolute errors of scores are relative ones of their exponentials.
             counts = heads * (self._batch.positions + 1).astype(np.float64)
@@ -425,8 +450,9 @@ class Noise:
         if tap == "attention" and source == "attn_softmax" and self._policy.kv_type == "f16":
             # A weight that changes by a last bit may round to the other neighbour in float16.
             passed = passed + energy.per_token * np.sqrt(relative) * 2 * UNIT["f16"]
-        share = np.sum(passed) / max(float(np.sum(energy.per_token)), 1e-300)
-        return Spread(passed, energy.per_channel * share)
+        assert energy.by_sequence is not None
+        totals = _grouped(np.stack([passed, energy.per_token], axis=1), self._batch)
+        return Spread.of(passed, energy.by_sequence * _ratio(totals[:, 0], totals[:, 1])[:, None])
 
 
 def _canonical(ref: TensorRef) -> NDArray[np.uint8]:
@@ -444,9 +470,10 @@ def _ratio(a: F64, b: F64) -> F64:
 
 def _at_least(spread: Spread) -> Spread:
     """No token and no channel is expected to be free of errors where others are not."""
-    return Spread(
-        spread.per_token + _LEAST * np.mean(spread.per_token),
-        spread.per_channel + _LEAST * np.mean(spread.per_channel),
+    assert spread.by_sequence is not None
+    means = np.mean(spread.by_sequence, axis=1, keepdims=True)
+    return Spread.of(
+        spread.per_token + _LEAST * np.mean(spread.per_token), spread.by_sequence + _LEAST * means
     )
 
 
@@ -461,7 +488,11 @@ def _flips(noise: Spread, energy: Spread, unit: float) -> Spread:
     def flipped(errors: F64, values: F64) -> F64:
         return np.asarray(factor * np.sqrt(errors * values))
 
-    return Spread(flipped(noise.per_token, energy.per_token), flipped(noise.per_channel, energy.per_channel))
+    assert noise.by_sequence is not None
+    assert energy.by_sequence is not None
+    return Spread.of(
+        flipped(noise.per_token, energy.per_token), flipped(noise.by_sequence, energy.by_sequence)
+    )
 
 
 def _activation_errors(x: NDArray[Any], fmt: str) -> F64:

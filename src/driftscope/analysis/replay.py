@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.analysis.noise import COMPONENTS, Noise, Spread, Tap
+from driftscope.analysis.noise import COMPONENTS, Noise, Spread, Tap, side_by_side
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import ROPE_FREQS
 from driftscope.engines.trace import PARTS, RAGGED, Trace
@@ -347,11 +347,7 @@ class Replayer:
             declared = self._compute("declared", layer, tap)
             found = [self._predict(layer, tap, part, declared) for part in PARTS.get(tap, ("",))]
             self._inherited[key] = {
-                name: Spread(
-                    np.sum(np.stack([item[name].per_token for item in found]), axis=0),
-                    np.concatenate([item[name].per_channel for item in found]),
-                )
-                for name in self.components
+                name: side_by_side([item[name] for item in found]) for name in self.components
             }
         return self._inherited[key]
 
@@ -440,12 +436,10 @@ def op_rows(op: OpReplay, trace: Trace, components: Collection[str], path: str) 
                 continue
             a, b = sides if sides is not None and not identical else (op.declared, op.declared)
             found = difference(a, b, sequence, tokens, op.heads)
-            predicted = op.predicted[component]
-            expected = predicted.per_token[tokens]
-            total = float(np.sum(expected))
-            share = total / predicted.total if predicted.total > 0 else 0.0
-            worst_token, position = _worst(found.measured.per_token, expected)
-            worst_channel, channel = _worst(found.measured.per_channel, predicted.per_channel * share)
+            per_token, per_channel = op.predicted[component].of_sequence(sequence, tokens)
+            total = float(np.sum(per_token))
+            worst_token, position = _worst(found.measured.per_token, per_token)
+            worst_channel, channel = _worst(found.measured.per_channel, per_channel)
             measured = found.measured.total
             rows.append(
                 {
