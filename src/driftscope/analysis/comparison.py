@@ -6,8 +6,7 @@ asked of a replay (`driftscope.analysis.diagnosis`).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -79,7 +78,6 @@ def compare_traces(
     for pair in pairs.values():
         pair["taps"] = pair["taps"] if admissible else []
         pair["first"] = next((tap for tap in pair["taps"] if tap["differs"]), None)
-        pair["worst"] = _worst(pair["taps"])
     return {
         "traces": [_about(name, trace) for name, trace in traces.items()],
         "admissibility": judged,
@@ -264,7 +262,7 @@ def _about(name: str, trace: Trace) -> dict[str, Any]:
 
 
 def _pair_header(a: str, b: str) -> dict[str, Any]:
-    return {"a": a, "b": b, "taps": [], "first": None, "worst": None}
+    return {"a": a, "b": b, "taps": [], "first": None}
 
 
 def _figures(place: tuple[int, str], sums: TokenSums, trace: Trace) -> dict[str, Any]:
@@ -296,8 +294,3 @@ def _figures(place: tuple[int, str], sums: TokenSums, trace: Trace) -> dict[str,
         },
         "differs": bool(every["max_abs_diff"]) or every["compared_count"] < count,
     }
-
-
-def _worst(taps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    finite = [tap for tap in taps if tap["nmse"] is not None and math.isfinite(tap["nmse"])]
-    return max(finite, key=lambda tap: tap["nmse"], default=None)
