@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.engines.llama_cpp_session import LlamaCppOptions, Session, load_api
+from driftscope.engines.llama_cpp_session import NAME, LlamaCppOptions, Session, load_api
 from driftscope.forward.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from driftscope.forward.arithmetic import Arithmetic
 
 __all__ = ["NAME", "LlamaCppOptions", "Observer", "declared_arithmetic", "logits", "trace", "version"]
-
-NAME = "llama.cpp"
 
 _DEFAULTS = LlamaCppOptions()
 
@@ -82,6 +80,7 @@ def trace(
     *,
     taps: Callable[[int, str], bool] | None = None,
     model: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trace:
     """Trace llama.cpp: every tensor of its graph that is one of our taps.
 
@@ -94,10 +93,12 @@ def trace(
         options: how llama.cpp runs.
         taps: whether a tap (layer, name) is kept; None for all.
         model: what the manifest says of the model beyond its file's name and architecture.
+        progress: called with the prompts done and their number.
 
     Raises:
-        InputError: llama-cpp-python is not installed; llama.cpp refuses the file, the options or the tokens;
-            or nobody has said which tensors of its graph are the taps of this architecture.
+        InputError: llama-cpp-python is not installed; the file is not a GGUF model with the tensors of its
+            architecture, or llama.cpp refuses it, the options or the tokens; or nobody has said which
+            tensors of its graph are the taps of this architecture.
     """
     from driftscope.artifacts.open import open_artifact
     from driftscope.engines.llama_cpp_graph import Watch
@@ -126,6 +127,7 @@ def trace(
                     watch.check()
                     recorder.end_batch()
                 recorder.finish()
+                progress(index + 1, len(prompts))
     finally:
         recorder.clear()
     arithmetic, reason = declared_arithmetic(options)
@@ -149,13 +151,18 @@ def trace(
 
 
 def declared_arithmetic(options: LlamaCppOptions) -> tuple[Arithmetic | None, str]:
-    """What llama.cpp computes in under some options, or None and the reason why it cannot be said."""
+    """What llama.cpp computes in under some options, or None and the reason why it cannot be said.
+
+    Flash attention reads keys and values as float16 whatever the cache holds; that it also adds them up in
+    float16 is beyond what an `Arithmetic` says.
+    """
     from driftscope.forward.arithmetic import Arithmetic
     from driftscope.forward.policy import KV_TYPES
 
     if options.kv_type not in KV_TYPES:
         return None, f"keys and values of type {options.kv_type} have no counterpart in driftscope's kernels"
-    return Arithmetic.of("int8-dot", kv_type=options.kv_type), ""
+    kv_type = "f16" if options.flash_attention else options.kv_type
+    return Arithmetic.of("int8-dot", kv_type=kv_type), ""
 
 
 def version() -> dict[str, str]:

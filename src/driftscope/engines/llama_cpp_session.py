@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.engines.available import EXTRAS
 from driftscope.errors import InputError
 
-_INSTALL = "install it with: pip install 'driftscope[llama-cpp]'"
+NAME = "llama.cpp"
+
+_INSTALL = f"install it with: {EXTRAS[NAME].install}"
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8}
 """Types of the key-value cache to ggml's numbers of them."""

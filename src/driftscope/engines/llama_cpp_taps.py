@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.artifacts.complete import expected_shapes
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.engines.llama_cpp_graph import GraphTensor
 from driftscope.engines.llama_cpp_session import LlamaCppOptions
 from driftscope.errors import InputError
-from driftscope.forward.architecture import site_tensor
+from driftscope.forward.architecture import SITE_TENSORS, site_tensor
 from driftscope.forward.policy import WHOLE_MODEL
 
 F32 = NDArray[np.float32]
@@ -129,7 +130,8 @@ class TapMap:
         """Lay out the taps of a model.
 
         Raises:
-            InputError: not a GGUF file, or an architecture without a map.
+            InputError: not a GGUF file, an architecture without a map, or a tensor that is missing, of
+                another shape, or a bias where no tap is after one.
         """
         name = str(artifact.metadata.get("general.architecture", ""))
         if artifact.container != "gguf":
@@ -141,6 +143,7 @@ class TapMap:
                 f"{artifact.path}: taps of the architecture {name!r} in llama.cpp are not known; "
                 f"expected one of {', '.join(ARCHITECTURES)}"
             )
+        _check_shapes(artifact)
         self._config = artifact.config
         self._named: dict[tuple[str, str], tuple[Place, ...]] = {}
         self._weighted: dict[tuple[str, str], tuple[Place, ...]] = {}
@@ -204,6 +207,25 @@ def _by_query(values: F32, scale: float, end: int, length: int) -> F32:
     found = np.zeros((queries, heads, length), dtype=np.float32)
     np.multiply(values[:, :, :end].swapaxes(0, 1), np.float32(scale), out=found[:, :, :end])
     return found.reshape(queries, heads * length)
+
+
+def _check_shapes(artifact: Artifact) -> None:
+    """Refuse what llama.cpp would end the process for, and biases that no tap accounts for.
+
+    A model without its biases on q, k and v passes: llama.cpp runs it.
+    """
+    for name, shape in expected_shapes(artifact.config).items():
+        tensor = artifact.tensors.get(name)
+        if tensor is None and not name.endswith(".bias"):
+            raise InputError(f"{artifact.path}: {name} is missing; llama.cpp cannot run the model without it")
+        if tensor is not None and tensor.shape != shape:
+            raise InputError(
+                f"{artifact.path}: {name} has the shape {list(tensor.shape)}; expected {list(shape)}"
+            )
+    known = tuple(f".{SITE_TENSORS[site].rpartition('.')[2]}.bias" for site in ("q", "k", "v"))
+    for name in (*artifact.tensors, *artifact.unmapped):
+        if name.endswith(".bias") and not name.endswith(known):
+            raise InputError(f"{artifact.path}: {name} is a bias that the taps do not know")
 
 
 def _row_order(artifact: Artifact, layer: int, site: str) -> NDArray[np.int64] | None:
