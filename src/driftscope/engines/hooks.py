@@ -18,15 +18,16 @@ INPUT, OUTPUT = "input", "output"
 def hooks() -> Iterator[Callable[[Any, str, Callable[[Any], None]], None]]:
     """A function that watches a module; all that it watches is let go on exit, also after an exception.
 
-    The function takes a module, `INPUT` or `OUTPUT`, and what to call with the module's first argument or
-    (first) result each time it runs. What is watched runs after the hooks that others put there before, so
-    that it sees what the next module sees.
+    The function takes a module, `INPUT` or `OUTPUT`, and what to call each time the module runs: with its
+    first argument (``input_ids`` where that is named) or its (first) result. It runs after the hooks that
+    others put there before, so that it sees what the next module sees.
     """
     handles: list[Any] = []
 
     def watch(module: Any, side: str, call: Callable[[Any], None]) -> None:
         def before(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            call(arguments[0] if arguments else next(iter(keywords.values()), None))
+            first = next(iter(keywords.values()), None)
+            call(arguments[0] if arguments else keywords.get("input_ids", first))
 
         def after(_: Any, arguments: tuple[Any, ...], result: Any) -> None:
             call(result[0] if isinstance(result, tuple) and result else result)
