@@ -255,7 +255,7 @@ class Noise:
         for name, spread in chosen.items():
             for source, errors in inherited.items():
                 if name in errors:
-                    spread = spread + self._passed_on(tap, source, errors[name], inputs, output, energy)
+                    spread = spread + self._passed_on(name, tap, source, errors[name], inputs, energy)
             chosen[name] = _at_least(spread)
         return chosen
 
@@ -271,18 +271,28 @@ class Noise:
         squares = _squares(x)
         factors = np.concatenate([_grouped(squares, self._batch), _grouped(step, self._batch)])
         count = self._batch.n_sequences
-        cells = "model" in components
-        sums = weight_energy(_canonical(ref), ref.dtype, factors, cells=cells, threads=self._threads)
-        terms = Spread.of(_dot(squares, sums.columns), sums.rows[:count])
         layout = format_of(ref.dtype)
         blocks = choice.path == "int8-dot" and layout.is_integer and fmt.startswith(("q8", "apr"))
-        additions = x.shape[1]
+        shifts = _sub_block_energies(x, layout.sub_block) if blocks else None
+        sums = weight_energy(
+            *(_canonical(ref), ref.dtype, factors),
+            cells="model" in components,
+            shifts=None if shifts is None else _grouped(shifts, self._batch),
+            threads=self._threads,
+        )
+        terms = Spread.of(_dot(squares, sums.columns), sums.rows[:count])
+        parts, additions = terms, x.shape[1]
         if blocks:
-            # Sums inside a block are exact integers. What a minimum takes off again is rounded first.
+            # Sums inside a block are exact integers.
             additions //= 32 if fmt.startswith(("q8_0", "q8_1")) else 256
-            terms = terms * (4.0 if layout.offset != "none" else 1.0)
-        engine = self._sum(additions, terms, energy) + self._roundoff * (2.0 if blocks else 1.0) * terms
-        arithmetic = engine + Spread.of(_dot(step, sums.columns), sums.rows[count:])
+        if shifts is not None:
+            # Quants that are not negative and what is taken off again are summed apart: two sums of the
+            # size of what is taken off.
+            parts = terms + 2.0 * Spread.of(_dot(shifts, sums.shift_columns), sums.shift_rows)
+        own = self._sum(additions, parts, energy) + self._roundoff * (2.0 if blocks else 1.0) * parts
+        # Two sums in different orders: each is off by as much.
+        engine = 2.0 * own
+        arithmetic = own + Spread.of(_dot(step, sums.columns), sums.rows[count:])
         if ref.dtype.lower() != self._arithmetic.dtype and self._arithmetic.dtype != "f32":
             # Weights that are not stored in the dtype are rounded to it.
             arithmetic = arithmetic + ROUND * UNIT[self._arithmetic.dtype] ** 2 * terms
@@ -432,11 +442,11 @@ class Noise:
 
     def _passed_on(
         self,
+        component: str,
         tap: str,
         source: str,
         errors: Spread,
         inputs: Mapping[str, Tap],
-        output: Tap,
         energy: Spread,
     ) -> Spread:
         """An error of an input, in the output: as large a part of it, token by token."""
@@ -447,7 +457,8 @@ class Noise:
             counts = heads * (self._batch.positions + 1).astype(np.float64)
             relative = errors.per_token / counts
         passed = energy.per_token * relative
-        if tap == "attention" and source == "attn_softmax" and self._policy.kv_type == "f16":
+        flips = component == "engine" and self._policy.kv_type == "f16"
+        if flips and (tap, source) == ("attention", "attn_softmax"):
             # A weight that changes by a last bit may round to the other neighbour in float16.
             passed = passed + energy.per_token * np.sqrt(relative) * 2 * UNIT["f16"]
         assert energy.by_sequence is not None
@@ -458,6 +469,11 @@ class Noise:
 def _canonical(ref: TensorRef) -> NDArray[np.uint8]:
     raw, order = ref.raw(), ref.row_order()
     return raw if order is None else raw[order]
+
+
+def _sub_block_energies(x: NDArray[Any], sub_block: int) -> F64:
+    """Squared sums of the values of each sub-block."""
+    return _squares(np.sum(x.astype(np.float64).reshape(x.shape[0], -1, sub_block), axis=2))
 
 
 def _dot(rows: F64, columns: F64) -> F64:

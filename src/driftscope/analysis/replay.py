@@ -68,7 +68,7 @@ class OpReplay:
         tap: its output.
         part: ``q``, ``k`` or ``v`` of the taps that have parts, else empty.
         inputs: what the op read, by tap name: recorded, or recomputed in the declared arithmetic.
-        recomputed: the inputs that the trace does not have.
+        recomputed: what the trace does not have and had to be recomputed, directly or not an input.
         recorded: the trace's output, ``float32[n_tokens, channels]``; of ragged taps one array a sequence,
             ``float32[t, heads * t]``. Scores of keys to come are zero here and in what follows.
         declared: with the own weights in the declared arithmetic.
@@ -244,7 +244,6 @@ class Replayer:
         self._forget(layer)
         recorded = self._take(layer, tap)
         sources = self._sources(layer, tap)
-        names = tuple(name for name, place in sources.items() if not self._has(*place))
         identical = self.reference is not None and self._stores_same(layer, tap, part)
         model = "model" in self.components and not identical
         exact = model or "arithmetic" in self.components
@@ -268,7 +267,7 @@ class Replayer:
             tap=tap,
             part=part,
             inputs={name: self._value("declared", *place) for name, place in sources.items()},
-            recomputed=names,
+            recomputed=tuple(self._missing(layer, tap)),
             recorded=cut(recorded),
             declared=cut(declared),
             exact=cut(found["exact"]),
@@ -308,6 +307,14 @@ class Replayer:
                 place = (WHOLE_MODEL, "embedding") if before < 0 else (before, "post_ffn_residual")
             found[name] = place
         return found
+
+    def _missing(self, layer: int, tap: str) -> list[str]:
+        """Taps that are recomputed for an op, in the order in which they are."""
+        found: list[str] = []
+        for name, place in self._sources(layer, tap).items():
+            if not self._has(*place):
+                found += [*self._missing(*place), name]
+        return list(dict.fromkeys(found))
 
     def _take(self, layer: int, tap: str) -> Value:
         """A recorded tap."""
