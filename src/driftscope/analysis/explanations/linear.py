@@ -1,0 +1,133 @@
+"""The product behind a projection: its activation, its weight and its bias, and what a row of it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from driftscope.analysis.explanations.base import F32, F64, I64, Case
+from driftscope.artifacts.model import Artifact
+from driftscope.forward.architecture import site_tensor
+from driftscope.forward.policy import WHOLE_MODEL
+
+SITE_INPUTS = {
+    "q": "attn_norm",
+    "k": "attn_norm",
+    "v": "attn_norm",
+    "o": "attention",
+    "gate": "ffn_norm",
+    "up": "ffn_norm",
+    "down": "ffn_swiglu",
+    "lm_head": "final_norm",
+}
+SITE_TAPS = {"attn_out": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_out": "down", "lm_head": "lm_head"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection of a case.
+
+    Attributes:
+        case: the case.
+        site: its matmul site.
+        with_bias: whether the op's output has the bias in it.
+    """
+
+    case: Case
+    site: str
+    with_bias: bool
+
+    @classmethod
+    def of(cls, case: Case) -> Linear | None:
+        """The projection that an op is, or None where it is none or its input cannot be had."""
+        op = case.op
+        site = op.part if op.tap in ("qkv_matmul", "qkv_bias") else SITE_TAPS.get(op.tap, "")
+        if not site:
+            return None
+        found = cls(case, site, op.tap == "qkv_bias" and case.config.attention_bias)
+        return found if case.has(SITE_INPUTS[site]) and case.has_tensor(found.name) else None
+
+    @property
+    def name(self) -> str:
+        """Canonical name of the weight."""
+        return site_tensor(self.case.config, self.case.op.layer, self.site)
+
+    @property
+    def bias_name(self) -> str:
+        """Canonical name of the bias, if there is one."""
+        return self.name.removesuffix("weight") + "bias"
+
+    @cached_property
+    def x(self) -> F32:
+        """The activation as it was recorded, ``float32[tokens, columns]``."""
+        return self.case.value(SITE_INPUTS[self.site])
+
+    @cached_property
+    def x_used(self) -> F32:
+        """The activation as the product sees it."""
+        return self.case.activation(self.x, self.name, self.site)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight."""
+        rows, columns = self.case.artifact.tensors[self.name].shape
+        return rows, columns
+
+    @cached_property
+    def weight(self) -> F32:
+        """The whole weight, ``float32[rows, columns]``."""
+        return self.case.weight(self.name)
+
+    def bias(self, rows: I64 | None = None) -> F32:
+        """The bias of some rows; zeros where the output has none in it."""
+        count = self.shape[0] if rows is None else len(rows)
+        if not self.with_bias or not self.case.has_tensor(self.bias_name):
+            return np.zeros(count, np.float32)
+        bias = self.case.vector(self.bias_name)
+        return bias if rows is None else bias[rows]
+
+    def times(self, weight: F32, x: F32 | None = None) -> F64:
+        """``x w^T`` without the bias, ``float64[tokens, rows]``."""
+        from driftscope.kernels.matmul import matmul_f32
+
+        left = self.x_used if x is None else x
+        with np.errstate(all="ignore"):
+            found = matmul_f32(
+                np.ascontiguousarray(left, np.float32),
+                np.ascontiguousarray(weight, np.float32),
+                threads=self.case.context.threads,
+            )
+        return found.astype(np.float64)
+
+    def of_weight(self, weight: F32) -> F64:
+        """What the op gives with another weight of the same shape."""
+        return self.case.output((self.times(weight) + self.bias()).astype(np.float32)).astype(np.float64)
+
+    def of_tensor(self, name: str, rows: I64 | None = None, tokens: I64 | None = None) -> F64:
+        """What the op gives with another tensor's weights and, where the op has one, its bias."""
+        case, x = self.case, self.x if tokens is None else self.x[tokens]
+        found = self.times(case.weight(name, rows), case.activation(x, name, self.site))
+        bias = name.removesuffix("weight") + "bias"
+        if self.with_bias and case.has_tensor(bias):
+            values = case.vector(bias)
+            found = found + (values if rows is None else values[rows])
+        return case.output(found.astype(np.float32)).astype(np.float64)
+
+    def other_layers(self) -> list[tuple[int, str]]:
+        """The same site's tensors of other layers that have the same shape."""
+        if self.case.op.layer == WHOLE_MODEL:
+            return []
+        found = []
+        for layer in range(self.case.config.num_layers):
+            name = site_tensor(self.case.config, layer, self.site)
+            ref = self.case.artifact.tensors.get(name)
+            if layer != self.case.op.layer and ref is not None and ref.shape == self.shape:
+                found.append((layer, name))
+        return found
+
+
+def stored_side(case: Case) -> Artifact:
+    """The artifact whose stored bytes may be at fault: the engine's own."""
+    return case.context.own

@@ -1,0 +1,235 @@
+"""What can be wrong with a projection as a whole: rows, bias, which matrix, how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from driftscope.analysis.explanations.attention import soft_capped
+from driftscope.analysis.explanations.base import F64, I64, Candidate, Case, figure, rounded
+from driftscope.analysis.explanations.linear import Linear
+from driftscope.forward.architecture import site_tensor
+from driftscope.forward.policy import LAYER_SITES, WHOLE_MODEL
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_SAMPLED_ROWS = 128
+_SAMPLED_TOKENS = 16
+
+
+def interleaved(rows: int, heads: int) -> I64:
+    """Stored row of each row, where a head's two halves are stored interleaved (GGUF's q and k)."""
+    stored = np.arange(rows, dtype=np.int64)
+    return stored.reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def row_permutation(case: Case) -> Iterator[Candidate]:
+    """Rows of q or k lie in the other pairing's order, over the right or a wrong number of heads."""
+    if case.op.part not in ("q", "k"):
+        return
+    config, rows = case.config, case.target.shape[1]
+    right = config.num_heads if case.op.part == "q" else config.num_kv_heads
+    linear = Linear.of(case)
+    bias = linear.bias().astype(np.float64) if linear else np.zeros(rows)
+    for heads, name, order in _orders(rows, right):
+        class_ = "row-permutation" if heads == right else "row-permutation-heads"
+        what = f"rows are those of the weights {name}"
+        if heads != right:
+            what += f" over {heads} heads instead of {right}"
+        evidence = {"heads": heads, "expected_heads": right, "order": name}
+        complexity = 0 if heads == right else 1
+        yield Candidate(class_, what, case.expected[:, order], complexity, evidence)
+        if bias.any():
+            bare = (case.expected - bias)[:, order] + bias
+            yield Candidate(class_, f"{what}, the bias not", bare, complexity, evidence)
+            if case.op.tap == "qkv_bias" and "qkv_matmul" not in case.op.recomputed:
+                moved = case.expected - bias + bias[order]
+                yield Candidate(class_, f"the bias: {what}", moved, complexity, evidence)
+
+
+def _orders(rows: int, right: int) -> Iterator[tuple[int, str, I64]]:
+    proper = interleaved(rows, right)
+    back = np.argsort(proper)
+    for heads in [right, *(h for h in range(1, rows // 2 + 1) if h != right)]:
+        if rows % (2 * heads):
+            continue
+        order = interleaved(rows, heads)
+        inverse = np.argsort(order)
+        yield heads, "with each head's halves interleaved", inverse
+        yield heads, "with each head's neighbours taken apart", order
+        if heads != right:
+            # Written over one number of heads and read over the other.
+            yield heads, "with halves interleaved, to be taken apart again,", inverse[proper]
+            yield heads, "with halves interleaved and taken apart again", back[order]
+
+
+def bias(case: Case) -> Iterator[Candidate]:
+    """The bias is left out, or added twice, or that of another layer."""
+    linear = Linear.of(case)
+    name = linear.bias_name if linear else ""
+    if linear is None or not linear.with_bias or not case.has_tensor(name):
+        return
+    own = case.vector(name).astype(np.float64)
+    rms = {"bias_rms": rounded(float(np.sqrt(np.mean(own * own))))}
+    yield Candidate("bias-dropped", "the bias is not added", case.expected - own, 0, rms)
+    yield Candidate("bias-dropped", "the bias is added twice", case.expected + own, 0, rms)
+    yield Candidate("bias-dropped", "the bias is subtracted", case.expected - 2 * own, 0, rms)
+    for layer in range(case.config.num_layers):
+        other = site_tensor(case.config, layer, linear.site).removesuffix("weight") + "bias"
+        if layer != case.op.layer and case.has_tensor(other):
+            value = case.vector(other).astype(np.float64)
+            if value.shape == own.shape:
+                yield Candidate(
+                    "other-layer",
+                    f"the bias is that of layer {layer}",
+                    case.expected - own + value,
+                    1,
+                    {"layer": layer, "tensor": other},
+                )
+
+
+def other_tensor(case: Case) -> Iterator[Candidate]:
+    """Another matrix of the same layer stands in: gate for up, k for v."""
+    linear = Linear.of(case)
+    if linear is None or case.op.layer == WHOLE_MODEL:
+        return
+    for site in LAYER_SITES:
+        name = site_tensor(case.config, case.op.layer, site)
+        ref = case.artifact.tensors.get(name)
+        if site == linear.site or ref is None or ref.shape != linear.shape:
+            continue
+        rows, tokens = _sample(case)
+        predicted = linear.of_tensor(name, rows, tokens)
+        swapped = {site, linear.site} == {"gate", "up"}
+        yield Candidate(
+            "gate-up-swapped" if swapped else "cross-match",
+            f"the weights are those of {site}",
+            predicted,
+            0,
+            {"tensor": name},
+            tokens=tokens,
+            channels=rows,
+        )
+
+
+def other_layer(case: Case) -> Iterator[Candidate]:
+    """The matrix is that of another layer."""
+    linear = Linear.of(case)
+    if linear is None:
+        return
+    rows, tokens = _sample(case)
+    for layer, name in linear.other_layers():
+        predicted = linear.of_tensor(name, rows, tokens)
+        yield Candidate(
+            "other-layer",
+            f"the weights are those of layer {layer}",
+            predicted,
+            0,
+            {"layer": layer, "tensor": name},
+            tokens=tokens,
+            channels=rows,
+        )
+
+
+def _sample(case: Case) -> tuple[I64, I64]:
+    """Some channels and tokens, the worst token among them."""
+    channels, count = case.target.shape[1], case.tokens.size
+    rows = np.unique(np.linspace(0, channels - 1, min(_SAMPLED_ROWS, channels)).astype(np.int64))
+    worst = int(np.argmax(np.sum(case.residual**2, axis=1)))
+    tokens = np.linspace(0, count - 1, min(_SAMPLED_TOKENS, count)).astype(np.int64)
+    return rows, np.unique(np.append(tokens, worst))
+
+
+def transposed(case: Case) -> Iterator[Candidate]:
+    """The bytes of the matrix are read as those of its transpose."""
+    linear = Linear.of(case)
+    if linear is None:
+        return
+    rows, columns = linear.shape
+    # Rows side by side: what a row of the transpose reads then lies in few rows of the matrix.
+    first = max(0, (rows - _SAMPLED_ROWS) // 2)
+    sample = np.arange(first, min(rows, first + _SAMPLED_ROWS))
+    kinds = {"its bytes are read in the transposed layout": sample[:, None] + rows * np.arange(columns)}
+    if rows != columns:
+        flat = sample[:, None] * columns + np.arange(columns)
+        kinds["it is stored transposed and read as if it were not"] = flat % rows * columns + flat // rows
+    for what, places in kinds.items():
+        needed, back = np.unique(places // columns, return_inverse=True)
+        weight = case.weight(linear.name, needed)[back.reshape(places.shape), places % columns]
+        predicted = linear.times(weight) + linear.bias(sample)
+        what = "the matrix is transposed" if rows == columns else what
+        yield Candidate("transposed", what, predicted, 0, {"rows": rows, "columns": columns}, channels=sample)
+
+
+def head_tie(case: Case) -> Iterator[Candidate]:
+    """The LM head multiplies with the embedding where it has a matrix of its own, or the other way round."""
+    linear = Linear.of(case)
+    if linear is None or linear.site != "lm_head":
+        return
+    rows, tokens = _sample(case)
+    for artifact, whose in ((case.context.own, "its own"), (case.context.reference, "the reference's")):
+        for name in (_EMBEDDING, _HEAD):
+            ref = artifact.tensors.get(name) if artifact else None
+            if (
+                ref is None
+                or ref.shape != linear.shape
+                or (artifact is case.artifact and name == linear.name)
+            ):
+                continue
+            weight = case.weight(name, rows, artifact=artifact)
+            x = case.activation(linear.x[tokens], linear.name, "lm_head")
+            label = "embedding" if name == _EMBEDDING else "lm_head"
+            yield Candidate(
+                "head-tie",
+                f"the head multiplies with {whose} {label}",
+                linear.times(weight, x),
+                0,
+                {"tensor": name, "artifact": whose},
+                tokens=tokens,
+                channels=rows,
+            )
+    correlation = _correlation(case.target, case.expected)
+    if abs(correlation) < 0.2 and np.any(case.target):
+        yield Candidate(
+            "head-tie",
+            f"the logits are those of another matrix: they correlate with the expected ones by "
+            f"{figure(correlation)}",
+            case.expected,
+            20,
+            {"correlation": rounded(correlation)},
+            accepted=True,
+        )
+
+
+def _correlation(a: F64, b: F64) -> float:
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+    energy = float(np.sum(a * a)) * float(np.sum(b * b))
+    return float(np.sum(a * b)) / energy**0.5 if energy else 0.0
+
+
+def missing(case: Case) -> Iterator[Candidate]:
+    """The matrix is not there: the product is zero."""
+    linear = Linear.of(case)
+    bias = linear.bias().astype(np.float64) if linear else 0.0
+    what = "the product is zero, as if the weights were missing"
+    yield Candidate("missing-tensor", what, np.broadcast_to(bias, case.target.shape), 0)
+
+
+def capped(case: Case) -> Iterator[Candidate]:
+    """The logits are capped, or not capped any more."""
+    if case.op.tap == "lm_head":
+        yield from soft_capped(case, [case.expected], "logits")
+
+
+HYPOTHESES = (
+    row_permutation,
+    bias,
+    other_tensor,
+    transposed,
+    head_tie,
+    missing,
+    other_layer,
+    capped,
+)
