@@ -1,0 +1,1 @@
+"""The fault benchmark: known faults put into models and engines, and what the tool says about each."""

@@ -1,0 +1,46 @@
+"""All injections, and the subjects that they are put into."""
+
+from __future__ import annotations
+
+from driftscope.faultbench import capture, engine, hyperparameters, weights
+from driftscope.faultbench.injection import Injection
+from driftscope.faultbench.subjects import DEFAULT, Subject
+
+INJECTIONS: tuple[Injection, ...] = tuple(
+    sorted(
+        (*weights.INJECTIONS, *hyperparameters.INJECTIONS, *engine.INJECTIONS, *capture.INJECTIONS),
+        key=lambda injection: injection.id,
+    )
+)
+
+TINY_SUBJECTS = (
+    Subject("qwen2"),
+    Subject("qwen2", "Q8_0", "int8-dot"),
+    Subject("qwen2", "Q4_K_M", "int8-dot", regimes=("short", "rows")),
+    Subject("qwen2-window", only=("F19",)),
+    Subject("qwen2-window", "Q4_K_M", "int8-dot", only=("F19",)),
+    Subject("qwen2-scaled", only=("F14",)),
+    Subject("qwen2-scaled", "Q8_0", "int8-dot", only=("F14",)),
+    Subject("qwen2-massive", only=("F25",)),
+    Subject("qwen2-massive", "Q4_1", "f32", "q8_1", only=("F26",)),
+)
+
+DEFAULT_SUBJECTS = (
+    Subject(DEFAULT, regimes=("short", "rows")),
+    Subject(DEFAULT, "Q4_K_M", "int8-dot", regimes=("short",)),
+    Subject(DEFAULT, regimes=("long",), only=("F15", "F16", "F03", "F28")),
+)
+
+
+def injection(name: str) -> Injection:
+    """The injection of an id, ``F01/rows-of-q-and-k``."""
+    return next(item for item in INJECTIONS if item.id == name)
+
+
+def why_not(item: Injection, subject: Subject) -> str | None:
+    """Why an injection is not run on a subject by plan; what depends on the model is `Injection.unless`."""
+    if subject.only and item.fault not in subject.only:
+        return "the model is there for other faults"
+    if item.models and subject.model not in item.models:
+        return f"needs the model {' or '.join(item.models)}"
+    return None
