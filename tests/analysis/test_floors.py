@@ -50,9 +50,10 @@ def test_kinds_tell_arithmetic_apart_only_where_it_matters() -> None:
     assert kind_of(row(tap="ffn_norm"), INT8) == "norm f32"
     assert kind_of(row(tap="ffn_out", recomputed="ffn_swiglu"), INT8) == "matmul int8-dot recomputed"
     assert kind_of(row(tap="ffn_out", component="model"), INT8) == "matmul"
+    assert kind_of(row(tap="ffn_silu", component="model", recomputed="ffn_gate"), None) == "derived"
     assert kind_of(row(tap="ffn_out"), None) == "matmul unknown"
     assert kind_of(row(tap="attention"), Arithmetic.of("f32", kv_type="f16")) == "attention kv-f16"
-    assert kind_of(row(tap="ffn_silu"), Arithmetic.of("f32", dtype="bf16")) == "silu bf16"
+    assert kind_of(row(tap="ffn_silu"), Arithmetic.of("f32", dtype="bf16")) == "silu narrow"
     assert arithmetic_class(Arithmetic.of("f32", activation="q8_0"), 0, "ffn_up") == "int8-dot"
     with pytest.raises(InputError, match="tap 'ffn_gelu' is unknown"):
         kind_of(row(tap="ffn_gelu"), None)
@@ -144,9 +145,16 @@ def test_floors_fit_by_kind_and_fall_back_to_theory() -> None:
     assert not any(kind.startswith("norm") for kind, _, _ in floors.cells)
     assert floors.tail_probabilities(row(score=0.5), F32)["score"] == pytest.approx(0.5, abs=0.1)
     assert floors.tail_probabilities(row(score=3.0), F32)["score"] < 1e-6
+    of_all_ops = floors.cells["any f32", "engine", "score"].tail(3.0)
+    assert floors.tail_probabilities(row(tap="ffn_norm", score=3.0), F32)["score"] == of_all_ops
     prior = DEFAULTS["engine"]
     expected = scipy.stats.t.sf(3.0, prior.degrees, prior.location, prior.spread)
-    assert floors.tail_probabilities(row(tap="ffn_norm", score=3.0), F32)["score"] == pytest.approx(expected)
+    assert floors.tail_probabilities(row(score=3.0), INT8)["score"] == pytest.approx(expected)
+
+
+def test_channels_of_recomputed_inputs_are_not_judged() -> None:
+    found = Floors({}).tail_probabilities(row(recomputed="ffn_silu", score_channel=30.0), F32)
+    assert list(found) == ["score", "score_token"]
 
 
 def test_an_unknown_arithmetic_is_judged_by_what_allows_most() -> None:

@@ -24,8 +24,8 @@ between runs are bounded, so the t errs towards fewer flags.
 Only the upper tail is a reason to doubt: weights that lie on a coarser lattice already, or a kernel with a
 better sum, leave less than is predicted.
 
-A cell with fewer than `MIN_RUNS` runs takes `DEFAULTS`, a wide t around what theory says; the document says
-so.
+A kind with fewer than `MIN_RUNS` runs takes the floor of all ops of its arithmetic (``any f32``); where that
+has too few as well it takes `DEFAULTS`, a wide t around what theory says, and the document says so.
 """
 
 from __future__ import annotations
@@ -75,13 +75,31 @@ OP_KINDS: Mapping[str, str] = {
 RAGGED = ("attn_scores", "attn_softmax")
 
 _SITES = {"attn_out": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_out": "down", "lm_head": "lm_head"}
-_KEPT_KEYS_AND_VALUES = ("attn_scores", "attn_softmax", "attention")
+_READ_KEYS_OR_VALUES = ("attn_scores", "attention")
+_WEIGHTED = ("embedding", "norm", "bias", "matmul")
+_DERIVED = "derived"
+_ANY = "any"
+
+_THROUGH_PRODUCTS = frozenset(
+    {
+        *("layer_input", "qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attention", "attn_out"),
+        *("post_attn_residual", "ffn_gate", "ffn_up", "ffn_out"),
+    }
+)
+"""Taps that come from a product with weights; an activation before it may be quantized to small integers."""
+
+_FLIPPING = "int8-dot recomputed"
+"""Kinds that are not fitted: an integer that falls to the other side is rare and large, see `DEFAULTS`."""
 
 UNKNOWN = "unknown"
 """Arithmetic of an op of which nobody knows it: the floor that allows most of all that fit holds."""
 
 MIN_RUNS = 8
 """Runs below which a cell is not fitted."""
+
+LOWEST = -1.0
+"""Scores below a tenth of the prediction are fitted as this. Where errors are rare flips, many ops have none;
+how far below the prediction they then lie says nothing about the upper tail, and would only widen it."""
 
 EXACT = 1e-22
 """NMSE below which an error that is predicted to be none at all counts as none: float64's own rounding."""
@@ -106,7 +124,7 @@ class Prior:
 
 DEFAULTS: Mapping[str, Prior] = {
     "engine": Prior(1.0, 0.3, 1.0, 30.0),
-    "engine/recomputed": Prior(2.0, 0.5, 1.5, 30.0),
+    "engine/recomputed": Prior(3.0, 0.3, 1.0, 30.0),
     "model": Prior(0.0, 0.3, 0.4, 30.0),
 }
 """Floors without calibration.
@@ -122,18 +140,22 @@ _PRIOR_RUNS = 2.0
 """Weight of the prior spread in a fitted cell, in runs."""
 
 _PRIOR_SPREAD = {"engine": 0.5, "model": 0.15}
+
+TRANSFER: Mapping[str, float] = {"engine": 0.2, "model": 0.12}
+"""Decades that are added to a fitted spread, in quadrature: real models are not random ones."""
+
 _PRIOR_PRECISION = np.diag([1e-2, 1.0])
 """Of location and slope, in units of the squared spread: the slope is drawn to 0, the location hardly."""
 
 
 def arithmetic_class(arithmetic: Arithmetic | None, layer: int, tap: str, part: str = "") -> str:
-    """The arithmetic of one op as floors tell it apart: f32, int8-dot, kv-f16, bf16, f16."""
+    """The arithmetic of one op as floors tell it apart: f32, int8-dot, kv-f16, narrow (f16 and bf16)."""
     if arithmetic is None:
         return UNKNOWN
     if arithmetic.dtype != "f32":
-        return arithmetic.dtype
+        return "narrow"
     policy = arithmetic.policy
-    if tap in _KEPT_KEYS_AND_VALUES:
+    if tap in _READ_KEYS_OR_VALUES:
         return "kv-f16" if policy.kv_type == "f16" else "f32"
     site = part if tap == "qkv_matmul" else _SITES.get(tap, "")
     if not site:
@@ -149,7 +171,9 @@ def arithmetic_class(arithmetic: Arithmetic | None, layer: int, tap: str, part: 
 def kind_of(row: Mapping[str, Any], arithmetic: Arithmetic | None) -> str:
     """The kind of a row of the ``replay`` table, e.g. ``matmul int8-dot`` or ``norm f32 recomputed``.
 
-    The model component is computed in float64 from stored weights, so its kinds know no arithmetic.
+    The model component is computed in float64 from stored weights, so its kinds know no arithmetic:
+    ``matmul``, ``norm``, ``bias`` and ``embedding`` read weights, what comes of recomputed inputs is
+    ``derived``.
 
     Raises:
         InputError: no such tap.
@@ -159,9 +183,26 @@ def kind_of(row: Mapping[str, Any], arithmetic: Arithmetic | None) -> str:
         raise InputError(f"replay: tap {tap!r} is unknown; expected one of {', '.join(OP_KINDS)}")
     kind = OP_KINDS[tap]
     if row["component"] == "model":
-        return kind
-    kind = f"{kind} {arithmetic_class(arithmetic, row['layer'], tap, row['part'])}"
-    return f"{kind} recomputed" if row["recomputed"] else kind
+        return kind if kind in _WEIGHTED and not row["recomputed"] else _DERIVED
+    computed = arithmetic_class(arithmetic, row["layer"], tap, row["part"])
+    if not row["recomputed"]:
+        return f"{kind} {computed}"
+    if arithmetic is not None and computed in ("f32", "kv-f16"):
+        through_products = not _THROUGH_PRODUCTS.isdisjoint(row["recomputed"].split("+"))
+        if through_products and arithmetic.policy.base.path == "int8-dot":
+            computed = "int8-dot"
+    return f"{kind} {computed} recomputed"
+
+
+def statistics_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The statistics that a row is tested in; none where its component is not judged.
+
+    What a recomputed input passes on is predicted token by token, but spread evenly over channels, so that a
+    channel by itself says nothing there.
+    """
+    if row["component"] not in COMPONENTS:
+        return ()
+    return STATISTICS[:2] if row["recomputed"] else STATISTICS
 
 
 def size_of(row: Mapping[str, Any], statistic: str) -> int:
@@ -237,6 +278,7 @@ class Cell:
         prior_spread: float,
         maximum: bool,
         prior_runs: float = _PRIOR_RUNS,
+        transfer: float = 0.0,
     ) -> Cell:
         """Fit a floor.
 
@@ -249,6 +291,7 @@ class Cell:
             prior_spread: decades.
             maximum: whether the score is a largest of `sizes` values; else there is no slope.
             prior_runs: runs that the prior spread counts for.
+            transfer: decades that the spread is widened by, in quadrature.
         """
         names, index = np.unique(np.array(runs), return_inverse=True)
         weight = 1.0 / np.bincount(index)[index]
@@ -271,7 +314,8 @@ class Cell:
         squares = float(np.sum(weight * residual * residual))
         squares += precision[0, 0] * at * at + precision[1, 1] * slope * slope
         degrees = n + prior_runs - (2.0 if maximum else 1.0)
-        spread = math.sqrt((prior_runs * prior_spread**2 + squares) / degrees)
+        variance = (prior_runs * prior_spread**2 + squares) / degrees
+        spread = math.sqrt(variance + transfer**2)
         return cls(center + at, slope, spread, degrees, covariance, int(y.size), int(names.size))
 
     def to_dict(self) -> dict[str, Any]:
@@ -323,14 +367,17 @@ class Floors:
         """
         found: dict[tuple[str, str, str], list[tuple[float, int, str]]] = {}
         for run, row, arithmetic in rows:
-            if row["component"] not in COMPONENTS:
-                continue
+            statistics = statistics_of(row)
             kind = kind_of(row, arithmetic)
-            for statistic in STATISTICS:
+            if kind.endswith(_FLIPPING):
+                continue
+            for statistic in statistics:
                 score = row[statistic]
                 if score is not None and math.isfinite(score):
-                    key = (kind, row["component"], statistic)
-                    found.setdefault(key, []).append((score, size_of(row, statistic), run))
+                    for name in dict.fromkeys((kind, _of_any_op(kind, row["component"]))):
+                        key = (name, row["component"], statistic)
+                        value = max(score, LOWEST)
+                        found.setdefault(key, []).append((value, size_of(row, statistic), run))
         cells = {}
         for key, values in sorted(found.items()):
             scores, sizes, runs = zip(*values, strict=True)
@@ -340,12 +387,13 @@ class Floors:
                     sizes,
                     runs,
                     prior_spread=_PRIOR_SPREAD[key[1]],
+                    transfer=TRANSFER[key[1]],
                     maximum=key[2] != "score",
                 )
         return cls(cells, dict(calibration or {}))
 
     def cells_for(self, kind: str, component: str, statistic: str) -> list[Cell]:
-        """The floors that a kind is judged by: its own, else the default.
+        """The floors that a kind is judged by: its own, that of all ops of its arithmetic, or the default.
 
         An ``unknown`` arithmetic has those of every arithmetic; it is judged by the one that allows most.
         """
@@ -361,6 +409,7 @@ class Floors:
             ]
         else:
             own = self.cells.get((kind, component, statistic))
+            own = own or self.cells.get((_of_any_op(kind, component), component, statistic))
             cells = [] if own is None else [own]
         default = DEFAULTS[_default(kind, component)]
         return cells or [Cell.of_prior(default, maximum=statistic != "score")]
@@ -373,11 +422,9 @@ class Floors:
         1 where nothing was measured; 0 where an error was found although none at all is predicted (same bytes
         of weights, but another result). Not of the ``arithmetic`` component, which has no floor: empty.
         """
-        if row["component"] not in COMPONENTS:
-            return {}
-        kind = kind_of(row, arithmetic)
+        statistics, kind = statistics_of(row), kind_of(row, arithmetic)
         found = {}
-        for statistic in STATISTICS:
+        for statistic in statistics:
             score = row[statistic]
             if score is None:
                 found[statistic] = 0.0 if _unpredicted(row) else 1.0
@@ -426,6 +473,11 @@ class Floors:
             return cls(cells, dict(document["calibration"]))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: a cell is malformed: {error}") from error
+
+
+def _of_any_op(kind: str, component: str) -> str:
+    """The kind that all ops of an arithmetic share; the model component's kinds are few, and have none."""
+    return kind if component == "model" else f"{_ANY} {kind.partition(' ')[2]}"
 
 
 def _default(kind: str, component: str) -> str:
