@@ -59,26 +59,26 @@ COMPONENTS = ("engine", "arithmetic", "model")
 _LEAST = 1e-6
 """Part of the mean that each token and channel is expected to have at least."""
 
+_ONE_FLIP = 0.02
+"""Part of an activation's quantization error that few flips of it may come to."""
+
 _ENGINE_ROUNDINGS = {
     "attn_norm": 4,
     "ffn_norm": 4,
     "final_norm": 4,
-    "ffn_silu": 2,
+    "ffn_silu": 4,
 }
 """Roundings an output of an op without a sum, in all; 1 where it is not listed."""
 
 _NARROW_ROUNDINGS = {
-    "attn_norm": 1,
-    "ffn_norm": 1,
-    "final_norm": 1,
+    "attn_norm": 2,
+    "ffn_norm": 2,
+    "final_norm": 2,
     "q_post_rope": 4,
     "k_post_rope": 4,
-    "attn_scores": 1,
-    "attention": 1,
 }
-"""Roundings to a narrow dtype that engines do within an op and that are not declared: transformers rounds
-before the norm's weight, rounds cosine, sine and both products of RoPE, and rounds scores before they are
-scaled."""
+"""Roundings to a narrow dtype by which an engine may be off from one at the end of the op; 1 where it is not
+listed. transformers rounds before the norm's weight; it rounds cosine, sine and both products of RoPE."""
 
 _SITES = {"attn_out": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_out": "down", "lm_head": "lm_head"}
 _MATMUL_INPUT = {
@@ -234,35 +234,43 @@ class Noise:
         energy = energy_of(output, self._batch, heads=self._config.num_heads)
         site = part if tap == "qkv_matmul" else _SITES.get(tap)
         if site:
-            found = self._product(layer, site, inputs[_MATMUL_INPUT[tap]], energy, components)
+            source = _MATMUL_INPUT[tap]
+            lost = inherited.get(source, {}).get("engine")
+            found = self._product(layer, site, inputs[source], energy, components, lost)
         elif tap == "attn_scores":
             found = self._scores(inputs["q_post_rope"], inputs["k_post_rope"], energy)
         elif tap == "attn_softmax":
             found = self._softmax(inputs["attn_scores"], output)
         elif tap == "attention":
-            found = self._weighted(
-                inputs["attn_softmax"], self._slice(inputs["qkv_bias"], "v"), output, energy
-            )
+            values = self._slice(inputs["qkv_bias"], "v")
+            of_weights = inherited.get("attn_softmax", {})
+            found = self._weighted(inputs["attn_softmax"], values, output, energy, of_weights)
         else:
             found = self._elementwise(layer, tap, part, inputs, energy)
         unit = UNIT[self._arithmetic.dtype]
         if self._arithmetic.dtype != "f32":
             flips = _flips(found["engine"], energy, unit)
             rounding = ROUND * unit**2 * energy
-            found["engine"] = found["engine"] + flips + _NARROW_ROUNDINGS.get(tap, 0) * rounding
+            found["engine"] = found["engine"] + flips + _NARROW_ROUNDINGS.get(tap, 1) * rounding
             found["arithmetic"] = found["arithmetic"] + rounding
         chosen = {name: found[name] for name in components}
         for name, spread in chosen.items():
             for source, errors in inherited.items():
-                if name in errors:
-                    spread = spread + self._passed_on(name, tap, source, errors[name], inputs, energy)
+                if name in errors and source != "attn_softmax":
+                    spread = spread + self._passed_on(tap, source, errors[name], inputs, energy)
             chosen[name] = _at_least(spread)
         return chosen
 
     def _product(
-        self, layer: int, site: str, x: Tap, energy: Spread, components: Collection[str]
+        self,
+        layer: int,
+        site: str,
+        x: Tap,
+        energy: Spread,
+        components: Collection[str],
+        errors: Spread | None,
     ) -> dict[str, Spread]:
-        """A product with a weight."""
+        """A product with a weight; `errors` are those of an activation that was recomputed."""
         assert not isinstance(x, list)
         choice = self._policy.choice(layer, site)
         ref = self._weights.tensor(site_tensor(self._config, layer, site), site_shape(self._config, site))
@@ -292,7 +300,15 @@ class Noise:
         own = self._sum(additions, parts, energy) + self._roundoff * (2.0 if blocks else 1.0) * parts
         # Two sums in different orders: each is off by as much.
         engine = 2.0 * own
-        arithmetic = own + Spread.of(_dot(step, sums.columns), sums.rows[count:])
+        quantized = Spread.of(_dot(step, sums.columns), sums.rows[count:])
+        arithmetic = own + quantized
+        if errors is not None:
+            # An error d takes a quant to the next one with probability |d| / step, and is then a step.
+            relative = _ratio(errors.per_token, np.sum(squares, axis=1))
+            flips = math.sqrt(24 / math.pi) * np.sqrt(relative[:, None] * squares * step)
+            engine = engine + self._shaped(_dot(flips, sums.columns), quantized)
+            # Where they are few, one makes all: it is twelve times a value's mean error.
+            engine = engine + _ONE_FLIP * quantized
         if ref.dtype.lower() != self._arithmetic.dtype and self._arithmetic.dtype != "f32":
             # Weights that are not stored in the dtype are rounded to it.
             arithmetic = arithmetic + ROUND * UNIT[self._arithmetic.dtype] ** 2 * terms
@@ -336,7 +352,15 @@ class Noise:
         engine = self._roundoff * energy_of(parts, self._batch, heads=heads)
         return {"engine": engine, "arithmetic": engine, "model": engine}
 
-    def _weighted(self, weights: Tap, v: NDArray[Any], output: Tap, energy: Spread) -> dict[str, Spread]:
+    def _weighted(
+        self,
+        weights: Tap,
+        v: NDArray[Any],
+        output: Tap,
+        energy: Spread,
+        errors: Mapping[str, Spread],
+    ) -> dict[str, Spread]:
+        """A weighted sum of values; `errors` are those of weights that were recomputed, by component."""
         assert not isinstance(output, list)
         heads, width = self._config.num_heads, self._config.head_dim
         group = heads // self._config.num_kv_heads
@@ -360,7 +384,27 @@ class Noise:
             arithmetic = engine + 2 * ROUND * UNIT["f16"] ** 2 * terms_of
             if self._fused:
                 engine = engine + ROUND * UNIT["f16"] ** 2 * (sums + energy)
-        return {"engine": engine, "arithmetic": arithmetic, "model": engine}
+        found = {"engine": engine, "arithmetic": arithmetic, "model": engine}
+        own = energy_of(weights, self._batch, heads=heads)
+        for name, spread in errors.items():
+            relative = self._by_head(spread, own)
+            if name == "engine" and self._policy.kv_type == "f16":
+                # A weight that changes by a last bit may round to the other neighbour in float16.
+                relative = relative + np.sqrt(relative) * 2 * UNIT["f16"]
+            passed = terms * np.repeat(relative, width, axis=1)
+            found[name] = found[name] + Spread.of_values(passed, self._batch)
+        return found
+
+    def _by_head(self, errors: Spread, energy: Spread) -> F64:
+        """Errors as parts of an energy, ``float64[n_tokens, heads]``: as each token's, as each head's."""
+        relative = _ratio(errors.per_token, energy.per_token)[:, None]
+        if errors.by_sequence is None or energy.by_sequence is None:
+            return np.repeat(relative, self._config.num_heads, axis=1)
+        heads = _ratio(errors.by_sequence, energy.by_sequence)
+        pooled = _ratio(np.sum(errors.by_sequence, axis=1), np.sum(energy.by_sequence, axis=1))
+        shape = _ratio(heads, np.broadcast_to(pooled[:, None], heads.shape))
+        counts = np.diff(self._batch.boundaries)
+        return np.asarray(relative * np.repeat(shape, counts, axis=0))
 
     def _elementwise(
         self, layer: int, tap: str, part: str, inputs: Mapping[str, Tap], energy: Spread
@@ -394,6 +438,14 @@ class Noise:
             cells = cell_energy_of_rows(np.ascontiguousarray(ref.raw()[self._batch.ids]), ref.dtype)
             model = engine + Spread.of_values(cells, self._batch)
         return {"engine": engine, "arithmetic": engine, "model": model}
+
+    def _shaped(self, per_token: F64, like: Spread) -> Spread:
+        """Energies of tokens, divided over the channels as another's are."""
+        assert like.by_sequence is not None
+        totals = _grouped(per_token[:, None], self._batch)
+        return Spread.of(
+            per_token, like.by_sequence * _ratio(totals, np.sum(like.by_sequence, axis=1, keepdims=True))
+        )
 
     def _of_pairs(self, energy: Spread) -> Spread:
         """Half of the energy of a pair for each of its two channels."""
@@ -441,13 +493,7 @@ class Noise:
         return np.ascontiguousarray(qkv[:, left:right])
 
     def _passed_on(
-        self,
-        component: str,
-        tap: str,
-        source: str,
-        errors: Spread,
-        inputs: Mapping[str, Tap],
-        energy: Spread,
+        self, tap: str, source: str, errors: Spread, inputs: Mapping[str, Tap], energy: Spread
     ) -> Spread:
         """An error of an input, in the output: as large a part of it, token by token."""
         heads = self._config.num_heads
@@ -456,14 +502,7 @@ class Noise:
             # Absolute errors of scores are relative ones of their exponentials.
             counts = heads * (self._batch.positions + 1).astype(np.float64)
             relative = errors.per_token / counts
-        passed = energy.per_token * relative
-        flips = component == "engine" and self._policy.kv_type == "f16"
-        if flips and (tap, source) == ("attention", "attn_softmax"):
-            # A weight that changes by a last bit may round to the other neighbour in float16.
-            passed = passed + energy.per_token * np.sqrt(relative) * 2 * UNIT["f16"]
-        assert energy.by_sequence is not None
-        totals = _grouped(np.stack([passed, energy.per_token], axis=1), self._batch)
-        return Spread.of(passed, energy.by_sequence * _ratio(totals[:, 0], totals[:, 1])[:, None])
+        return self._shaped(energy.per_token * relative, energy)
 
 
 def _canonical(ref: TensorRef) -> NDArray[np.uint8]:
