@@ -28,12 +28,12 @@ def stage_file(path: Path, layer: int, array: np.ndarray) -> Path:
     return path
 
 
-def dump(folder: Path, trace: Trace, *, last: tuple[str, ...] = ("lm_head",)) -> Path:
+def dump(folder: Path, trace: Trace, *, last: tuple[str, ...] = ("lm_head",), ids: int = len(IDS)) -> Path:
     """The stage files of a trace; those of `last` hold the last token only."""
     for layer, tap in sorted(trace.places):
         if tap in RAGGED:
             rows = trace.ragged(layer, tap)[0]
-            array = rows.reshape(len(IDS), -1, len(IDS)).swapaxes(0, 1)
+            array = rows.reshape(ids, -1, ids).swapaxes(0, 1)
             array = array[:, -1:] if tap in last else array
         else:
             array = trace.tap(layer, tap)

@@ -85,27 +85,27 @@ class Home(torch.nn.Module):
         super().__init__()
         self.embed = torch.nn.Embedding(16, 4)
         self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4).bfloat16() for _ in range(12)])
-        self.scores = torch.nn.Identity()
+        self.scores = torch.nn.ModuleList([torch.nn.Identity()])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids).bfloat16()
         for block in self.blocks:
             x = block(x)
-        self.scores(torch.stack([x @ x.T, x @ x.T + 1]))
+        self.scores[0](torch.stack([x @ x.T, x @ x.T + 1]))
         return x
 
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
     model = Home()
-    taps = {"blocks.{layer}": "post_ffn_residual", "scores": "attn_scores"}
+    taps = {"blocks.{layer}": "post_ffn_residual", "scores.{layer}": "attn_scores"}
     outputs = []
     with Recorder(model, taps, out=tmp_path, prompts=PROMPTS) as recorder, torch.no_grad():
         for _, ids in PROMPTS:
             outputs.append(model(ids=torch.tensor(ids)).float().numpy())
     trace = recorder.trace
-    assert trace.places == {*((i, "post_ffn_residual") for i in range(12)), (WHOLE_MODEL, "attn_scores")}
+    assert trace.places == {*((i, "post_ffn_residual") for i in range(12)), (0, "attn_scores")}
     assert np.array_equal(trace.tap(11, "post_ffn_residual"), np.concatenate(outputs))
-    rows = trace.ragged(WHOLE_MODEL, "attn_scores")[0]
+    rows = trace.ragged(0, "attn_scores")[0]
     assert np.allclose(rows[:, :3] + 1, rows[:, 3:], rtol=0.02)
     assert trace.name == "pytorch"
 
@@ -142,12 +142,12 @@ def test_a_module_that_does_not_run(tmp_path: Path) -> None:
     model = Home()
     model.spare = torch.nn.Linear(4, 4)
     with Recorder(
-        model, {"spare": "ffn_up", "embed": "embedding"}, out=tmp_path, prompts=PROMPTS
+        model, {"spare": "lm_head", "embed": "embedding"}, out=tmp_path, prompts=PROMPTS
     ) as recorder:
         for _, ids in PROMPTS:
             model(torch.tensor(ids))
     assert recorder.trace.places == {(WHOLE_MODEL, "embedding")}
-    assert recorder.trace.manifest.absent == {"ffn_up": "its module did not run in every pass"}
+    assert recorder.trace.manifest.absent == {"lm_head": "its module did not run in every pass"}
 
 
 @pytest.mark.parametrize(
@@ -157,12 +157,15 @@ def test_a_module_that_does_not_run(tmp_path: Path) -> None:
             {"model.layers.{layer}.mlp.proj": "ffn_out"},
             "no module of .* is called model.layers.{layer}.mlp.proj",
         ),
-        ({"": "ffn_out"}, "no module of"),
+        ({"": "lm_head"}, "no module of"),
+        ({"model.layers.{layer}.mlp.up_proj": "fnn_up"}, "'fnn_up' is not a tap of a layer; expected one of"),
+        ({"model.norm": "ffn_out"}, "'ffn_out' is not a tap of the whole model; expected one of embedding"),
+        ({"model.layers.{layer}.self_attn.q_proj": "ffn_out.q"}, "'ffn_out.q' is not a tap"),
         ({"model.norm:output": "final_norm"}, "is no path; expected module or module:input"),
-        ({"model.{layer}.{layer}": "x"}, "is no path"),
-        ({"model.norm": "final norm"}, "'final norm' cannot be a tap"),
-        ({"model.norm": "layers.3.final_norm"}, "cannot be a tap"),
-        ({"model.norm": "final_norm[a]"}, "cannot be a tap"),
+        ({"model.{layer}.{layer}": "ffn_out"}, "is no path"),
+        ({"model.norm": "final norm"}, "'final norm' is not a tap"),
+        ({"model.norm": "layers.3.final_norm"}, "is not a tap"),
+        ({"model.norm": "final_norm[a]"}, "is not a tap"),
     ],
 )
 def test_taps_that_are_none(taps: dict[str, str], message: str, model: Any, tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ def test_a_module_that_runs_twice(tmp_path: Path) -> None:
     shared = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(torch.nn.Embedding(16, 4), shared, shared)
     with (
-        pytest.raises(InputError, match="the module of ffn_out ran twice in one pass"),
-        Recorder(model, {"1": "ffn_out"}, out=tmp_path, prompts=[("a", [1, 2])]),
+        pytest.raises(InputError, match="the module of lm_head ran twice in one pass"),
+        Recorder(model, {"1": "lm_head"}, out=tmp_path, prompts=[("a", [1, 2])]),
     ):
         model(torch.tensor([1, 2]))

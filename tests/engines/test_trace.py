@@ -13,9 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
+from tests.forward.models import write_model
 
-from driftscope.engines.trace import Trace, TraceManifest, TraceWriter, missing_places, write_manifest
+from driftscope.artifacts.open import open_artifact
+from driftscope.engines.trace import (
+    LAYER_TAPS,
+    RAGGED,
+    WHOLE_TAPS,
+    Trace,
+    TraceManifest,
+    TraceWriter,
+    missing_places,
+    write_manifest,
+)
 from driftscope.errors import InputError
+from driftscope.forward.architecture import embedding_op, head_ops, layer_ops
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.policy import WHOLE_MODEL
 
@@ -38,6 +50,14 @@ def written(folder: Path, arrays: Mapping[str, Any], **changes: Any) -> Path:
     save_file({name: np.array(array, order="C") for name, array in arrays.items()}, folder / "a.safetensors")
     (folder / "trace.json").write_text(json.dumps({**MINIMAL, **changes}))
     return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-yarn", "mistral-window", "qwen3"])
+def test_the_taps_are_those_of_the_architecture(name: str, tmp_path: Path) -> None:
+    config = open_artifact(write_model(tmp_path, name)).config
+    assert tuple(op.tap for op in layer_ops(config)) == LAYER_TAPS
+    assert tuple(op.tap for op in (embedding_op(config), *head_ops(config))) == WHOLE_TAPS
+    assert {op.tap for op in layer_ops(config) if op.ragged} == set(RAGGED)
 
 
 def test_one_array_for_all_prompts(tmp_path: Path) -> None:
@@ -293,15 +313,18 @@ def test_files_that_are_not_listed_are_not_read(tmp_path: Path) -> None:
         "embedding[a]b",
         "embedding[]",
         "model.norm.weight",
+        "layers.0.fnn_out",
+        "layers.0.embedding",
+        "ffn_out",
         "",
         "a\nb",
     ],
 )
 def test_a_name_that_is_no_taps(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not that of a tap; expected tap or") as caught:
+    with pytest.raises(InputError, match="is not that of a tap; expected embedding") as caught:
         Trace(written(tmp_path, {name: values(4, 6)}))
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 800
 
 
 def test_a_prompt_that_is_not_listed(tmp_path: Path) -> None:

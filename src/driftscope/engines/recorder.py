@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.engines.hooks import INPUT, OUTPUT, hooks, host_copy
-from driftscope.engines.trace import RAGGED, Trace, TraceManifest, TraceWriter, is_prompt_id
+from driftscope.engines.trace import (
+    LAYER_TAPS,
+    RAGGED,
+    WHOLE_TAPS,
+    Trace,
+    TraceManifest,
+    TraceWriter,
+    is_prompt_id,
+    is_tap,
+)
 from driftscope.errors import InputError
 from driftscope.forward.architecture import tap_name
 from driftscope.forward.policy import WHOLE_MODEL
@@ -27,7 +36,6 @@ if TYPE_CHECKING:
 F32 = NDArray[np.float32]
 
 _FIELD = "{layer}"
-_TAP = re.compile(r"[A-Za-z0-9_-]+(\.[qkv])?")
 
 
 class Recorder:
@@ -175,9 +183,14 @@ class Recorder:
 
 def _matches(model: Any, path: str, tap: str) -> Iterator[tuple[Any, str, int, str]]:
     """Module, side, layer and tap of every module that a path stands for."""
-    if _TAP.fullmatch(tap) is None:
-        raise InputError(f"recorder: {tap!r} cannot be a tap; expected a name such as ffn_out or qkv_bias.q")
     stem, colon, side = path.partition(":")
+    name, _, part = tap.partition(".")
+    if not is_tap(0 if _FIELD in stem else WHOLE_MODEL, name, part):
+        known = LAYER_TAPS if _FIELD in stem else WHOLE_TAPS
+        raise InputError(
+            f"recorder: {tap!r} is not a tap {'of a layer' if _FIELD in stem else 'of the whole model'}; "
+            f"expected one of {', '.join(known)}"
+        )
     if (colon and side != INPUT) or stem.count(_FIELD) > 1:
         raise InputError(f"recorder: {path!r} is no path; expected module or module:{INPUT}, {_FIELD} once")
     pattern = re.compile(re.escape(stem).replace(re.escape(_FIELD), "(0|[1-9][0-9]*)"))

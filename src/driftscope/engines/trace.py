@@ -32,6 +32,14 @@ F32 = NDArray[np.float32]
 MANIFEST = "trace.json"
 FORMAT, VERSION = "driftscope-trace", 1
 
+LAYER_TAPS = (
+    *("attn_norm", "qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attn_scores", "attn_softmax"),
+    *("attention", "attn_out", "post_attn_residual", "ffn_norm", "ffn_gate", "ffn_up", "ffn_silu"),
+    *("ffn_swiglu", "ffn_out", "post_ffn_residual"),
+)
+WHOLE_TAPS = ("embedding", "final_norm", "lm_head")
+"""Every tap, of a layer and of the whole model, in the order of `driftscope.forward.architecture`."""
+
 RAGGED = ("attn_scores", "attn_softmax")
 """Taps whose width depends on the length of the sequence."""
 
@@ -243,13 +251,14 @@ class Trace:
     def _add(self, tensor: StoredTensor) -> None:
         """Enter an array by layer and tap, prompt and part; empty text for all prompts, for no part."""
         match = _NAME.fullmatch(tensor.name)
-        known = match is not None and (match["part"] or "") in ("", *PARTS.get(match["tap"], ()))
-        if match is None or not known:
+        layer = WHOLE_MODEL if match is None or match["layer"] is None else int(match["layer"])
+        if match is None or not is_tap(layer, match["tap"], match["part"] or ""):
             raise InputError(
-                f"{tensor.file}: the name {_short(tensor.name)} is not that of a tap; expected tap or "
-                "layers.N.tap, and [prompt] after it where it holds one prompt"
+                f"{tensor.file}: the name {_short(tensor.name)} is not that of a tap; expected "
+                f"{', '.join(WHOLE_TAPS)}, or layers.N. and one of {', '.join(LAYER_TAPS)}; "
+                "and [prompt] after it where it holds one prompt"
             )
-        place = (WHOLE_MODEL if match["layer"] is None else int(match["layer"]), match["tap"])
+        place = (layer, match["tap"])
         prompt, part = match["prompt"] or "", match["part"] or ""
         if prompt and prompt not in self._ids:
             raise InputError(
@@ -435,6 +444,11 @@ def _prompts(value: Any, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     if len({name for name, _ in found}) != len(found):
         raise InputError(f"{where}: two prompts have the same id")
     return tuple(found)
+
+
+def is_tap(layer: int, tap: str, part: str = "") -> bool:
+    """Whether there is such a tap, at a layer or (`WHOLE_MODEL`) at none, and such a part of it."""
+    return tap in (WHOLE_TAPS if layer == WHOLE_MODEL else LAYER_TAPS) and part in ("", *PARTS.get(tap, ()))
 
 
 def is_prompt_id(name: str) -> bool:
