@@ -3,8 +3,10 @@
 The distance of two sources at an op is the energy of their difference over the mean of their energies, token
 by token, averaged over the tokens: one massive token does not hide the others. A source's separation is its
 distance to the nearest other one; what is usual among the others is the median of their separations without
-it. A source is odd where its separation is `THRESHOLD` times what is usual or more. `FLOOR` stands in for
-what is usual where the others agree to the rounding of float32 sums: two runs of one program are not a jury.
+it. A source is odd where its separation is `THRESHOLD` times what is usual or more. `FLOORS` stand in for
+what is usual where the others agree better: to the rounding of float32 sums or, where a source rounds its
+activations, to a few roundings that fall on the other side of a step. Sources that are equal bit for bit at
+an op count as one there: two runs of one program are not a jury. With fewer than three left there is no vote.
 
 Where no source is odd the sources are ``alike``, or ``split`` into groups that agree within and not between:
 then no vote decides.
@@ -32,8 +34,9 @@ F64 = NDArray[np.float64]
 THRESHOLD = 100.0
 """Times the usual distance from which on a source is odd."""
 
-FLOOR = 1e-12
-"""Least usual distance: 300 roundings of float32, the mean square of an accumulation's error."""
+FLOORS = {"f32": 1e-12, "rounded": 1e-6}
+"""Least usual distance. ``f32``: 300 roundings, the mean square of an accumulation's error. ``rounded``: one
+in some hundred 8-bit activations that is rounded the other way."""
 
 LOCAL_DECADES = 1.0
 """Decades by which a local error must exceed the median of the others', each over its own prediction."""
@@ -104,14 +107,15 @@ def vote(
         everywhere, somewhere = (
             frozenset(place for place in places if place[0] in kept) for places in (everywhere, somewhere)
         )
-    ops = [_op(names, traces, place) for place in topological(everywhere)]
+    floor = FLOORS["rounded" if any(_rounds(trace) for trace in traces.values()) else "f32"]
+    ops = [_op(names, traces, place, floor) for place in topological(everywhere)]
     declared = [_declared(name, trace) for name, trace in traces.items()]
     odd = _first_odd(names, ops, declared)
     local = _local(names, replays) if replays else None
     return {
         "statistic": STATISTIC,
         "threshold": THRESHOLD,
-        "floor": FLOOR,
+        "floor": floor,
         "sources": declared,
         "prompts": len(first.manifest.prompts),
         "compared": len(ops),
@@ -143,30 +147,38 @@ def distances(arrays: Sequence[F64]) -> F64:
     return found
 
 
-def ratios(matrix: F64) -> F64:
-    """Separation of each source over what is usual among the others, ``float64[n]``."""
+def ratios(matrix: F64, floor: float) -> F64:
+    """Separation of each source over what is usual among the others, ``float64[n]``, n at least 3."""
     n = matrix.shape[0]
     apart = matrix + np.diag(np.full(n, np.inf))
     found = np.empty(n)
     for i in range(n):
         rest = np.delete(np.delete(apart, i, 0), i, 1)
-        found[i] = apart[i].min() / max(float(np.median(rest.min(axis=1))), FLOOR)
+        found[i] = apart[i].min() / max(float(np.median(rest.min(axis=1))), floor)
     return found
 
 
-def judge(matrix: F64) -> tuple[str, list[int], list[list[int]]]:
+def judge(matrix: F64, floor: float) -> tuple[str, list[int], list[list[int]]]:
     """Say of one op's distances whether there is an odd one out.
 
+    Args:
+        matrix: ``float64[n, n]``.
+        floor: least usual distance.
+
     Returns:
-        ``odd``, ``alike`` or ``split``; the odd sources, fewer than half of them; groups of sources that
-        agree where it is ``split``.
+        ``odd``, ``alike``, ``split`` or, where fewer than three sources differ at all, ``too-few``; the odd
+        sources, fewer than half of them; groups of sources that agree where it is ``split``.
     """
-    n = matrix.shape[0]
-    odd = [i for i, ratio in enumerate(ratios(matrix)) if ratio >= THRESHOLD]
-    if odd and 2 * len(odd) < n:
-        return "odd", odd, []
-    apart = matrix + np.diag(np.full(n, np.inf))
-    reach = THRESHOLD * max(float(np.median(apart.min(axis=1))), FLOOR)
+    distinct = _groups(matrix == 0)
+    if len(distinct) < 3:
+        return "too-few" if len(distinct) == 2 else "alike", [], []
+    first = [group[0] for group in distinct]
+    cut = matrix[np.ix_(first, first)]
+    odd = [i for i, ratio in enumerate(ratios(cut, floor)) if ratio >= THRESHOLD]
+    if odd and 2 * len(odd) < len(distinct):
+        return "odd", sorted(member for i in odd for member in distinct[i]), []
+    apart = cut + np.diag(np.full(len(first), np.inf))
+    reach = THRESHOLD * max(float(np.median(apart.min(axis=1))), floor)
     groups = _groups(matrix < reach)
     return ("split", [], groups) if len(groups) > 1 else ("alike", [], [])
 
@@ -184,7 +196,7 @@ def _groups(linked: NDArray[np.bool_]) -> list[list[int]]:
     return groups
 
 
-def _op(names: Sequence[str], traces: Mapping[str, Trace], place: Place) -> dict[str, Any]:
+def _op(names: Sequence[str], traces: Mapping[str, Trace], place: Place, floor: float) -> dict[str, Any]:
     layer, tap = place
     arrays = [values_of(traces[name], layer, tap) for name in names]
     if len({array.shape for array in arrays}) > 1:
@@ -192,7 +204,7 @@ def _op(names: Sequence[str], traces: Mapping[str, Trace], place: Place) -> dict
         raise InputError(f"{tap_name(layer, tap)} has unlike shapes: {shapes}")
     broken = [int(np.count_nonzero(~np.isfinite(array))) for array in arrays]
     matrix = distances(arrays)
-    status, odd, groups = judge(matrix)
+    status, odd, groups = judge(matrix, floor)
     # Values that only a minority has not finite are left out of the distances, and speak for themselves.
     lost = [i for i, count in enumerate(broken) if count]
     if lost and 2 * len(lost) < len(names):
@@ -209,7 +221,7 @@ def _op(names: Sequence[str], traces: Mapping[str, Trace], place: Place) -> dict
         "odd": [names[i] for i in odd],
         "groups": [[names[i] for i in group] for group in groups],
         "distances": pairs,
-        "ratios": {name: float(value) for name, value in zip(names, ratios(matrix), strict=True)},
+        "ratios": {name: float(value) for name, value in zip(names, ratios(matrix, floor), strict=True)},
         "non_finite": {names[i]: broken[i] for i in lost},
     }
 
@@ -228,6 +240,17 @@ def values_of(trace: Trace, layer: int, tap: str) -> F64:
         flat = np.where(seen, heads, 0.0).reshape(length, -1)
         rows.append(np.pad(flat.astype(np.float64), ((0, 0), (0, widest - flat.shape[1]))))
     return np.concatenate(rows)
+
+
+def _rounds(trace: Trace) -> bool:
+    """Whether a source rounds between its ops, or may: nobody says."""
+    arithmetic = trace.manifest.arithmetic
+    if arithmetic is None:
+        return True
+    policy = arithmetic.policy
+    choices = [policy.base, *(item.choice for item in policy.overrides)]
+    exact = all(choice.path == "f32" and choice.activation in (None, "none") for choice in choices)
+    return not exact or policy.kv_type != "f32" or arithmetic.dtype != "f32"
 
 
 def _declared(name: str, trace: Trace) -> dict[str, Any]:
@@ -342,6 +365,10 @@ def _conclusion(
             parts.append(
                 f"undecided: from {tap_name(*_place(split))} on the sources fall into {groups}, none alone"
             )
+        elif all(op["status"] in ("alike", "too-few") for op in ops) and any(
+            op["status"] == "too-few" for op in ops
+        ):
+            parts.append("no vote: fewer than three of the sources differ from each other at all")
         else:
             parts.append(f"no odd one out: the {len(names)} sources differ alike at all {len(ops)} ops")
     for item in local or ():
