@@ -241,6 +241,11 @@ class Replayer:
         """
         if (layer, tap) not in self._ops:
             raise ValueError(f"no op gives {tap!r} in layer {layer}")
+        # What is not finite in a trace stays so, and is counted.
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            return self._replay(layer, tap, part)
+
+    def _replay(self, layer: int, tap: str, part: str) -> OpReplay:
         self._forget(layer)
         recorded = self._take(layer, tap)
         sources = self._sources(layer, tap)
