@@ -272,10 +272,12 @@ class Case:
         signal: energy of what was expected there.
         before: energy of the difference.
         floor: energy of the difference that needs no explanation.
+        memo: what hypotheses have computed and share.
     """
 
     def __init__(self, op: Replayed, context: Context) -> None:
         self.op, self.context = op, context
+        self.memo: dict[str, Any] = {}
         engine = context.component == "engine"
         if engine:
             found, wanted, self.artifact = op.recorded, op.declared, context.own

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 
 from driftscope.analysis.explanations.base import F32, F64, I64, Case
-from driftscope.artifacts.model import Artifact
 from driftscope.forward.architecture import site_tensor
 from driftscope.forward.policy import WHOLE_MODEL
 
@@ -42,6 +41,14 @@ class Linear:
     @classmethod
     def of(cls, case: Case) -> Linear | None:
         """The projection that an op is, or None where it is none or its input cannot be had."""
+        if "linear" not in case.memo:
+            case.memo["linear"] = cls._of(case)
+        found = case.memo["linear"]
+        assert found is None or isinstance(found, cls)
+        return found
+
+    @classmethod
+    def _of(cls, case: Case) -> Linear | None:
         op = case.op
         site = op.part if op.tap in ("qkv_matmul", "qkv_bias") else SITE_TAPS.get(op.tap, "")
         if not site:
@@ -126,8 +133,3 @@ class Linear:
             if layer != self.case.op.layer and ref is not None and ref.shape == self.shape:
                 found.append((layer, name))
         return found
-
-
-def stored_side(case: Case) -> Artifact:
-    """The artifact whose stored bytes may be at fault: the engine's own."""
-    return case.context.own

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from driftscope.analysis.explanations.attention import soft_capped
+from driftscope.analysis.explanations import caps
 from driftscope.analysis.explanations.base import F64, I64, Candidate, Case, figure, rounded
 from driftscope.analysis.explanations.linear import Linear
 from driftscope.forward.architecture import site_tensor
@@ -219,8 +219,26 @@ def missing(case: Case) -> Iterator[Candidate]:
 
 def capped(case: Case) -> Iterator[Candidate]:
     """The logits are capped, or not capped any more."""
-    if case.op.tap == "lm_head":
-        yield from soft_capped(case, [case.expected], "logits")
+    largest = float(np.abs(np.where(np.isfinite(case.expected), case.expected, 0.0)).max(initial=0.0))
+    if case.op.tap != "lm_head" or largest == 0.0:
+        return
+    rows, tokens = _sample(case)
+    here = np.ix_(tokens, rows)
+    target, expected = case.target[here], case.expected[here]
+    for kind, text, low in (
+        (caps.capped, "logits are capped at {}", 0.02 * largest),
+        (caps.uncapped, "logits lack their cap of {}", 1.0001 * largest),
+    ):
+
+        def misfit(cap: float, kind: Callable[[F64, float], F64] = kind) -> float:
+            return float(np.nansum((target - kind(expected, cap)) ** 2))
+
+        fitted = caps.least_on_grid(misfit, low, 1e3 * largest)
+        for cap, complexity in (*((cap, 0) for cap in caps.CAPS), (fitted, 1)):
+            if cap > low:
+                evidence = {"cap": rounded(cap), "largest": rounded(largest)}
+                predicted = kind(case.expected, cap)
+                yield Candidate("soft-cap", text.format(figure(cap)), predicted, complexity, evidence)
 
 
 HYPOTHESES = (

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.analysis.explanations import norm as norms
-from driftscope.analysis.explanations.attention import least
 from driftscope.analysis.explanations.base import F32, F64, I64, Candidate, Case, figure, rounded
+from driftscope.analysis.explanations.caps import least
 from driftscope.analysis.explanations.projection import interleaved
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import ROPE_FREQS
@@ -49,7 +49,15 @@ class Rotation:
 
     @classmethod
     def of(cls, case: Case) -> Rotation | None:
-        """The turn that an op is, or None where its input cannot be had."""
+        """The turn that an op is, or None where its input cannot be had; the same for every hypothesis."""
+        if "rotation" not in case.memo:
+            case.memo["rotation"] = cls._of(case)
+        found = case.memo["rotation"]
+        assert found is None or isinstance(found, cls)
+        return found
+
+    @classmethod
+    def _of(cls, case: Case) -> Rotation | None:
         if not case.has("qkv_bias"):
             return None
         site = case.op.tap[0]
