@@ -16,20 +16,14 @@ from numpy.typing import NDArray
 
 from driftscope.analysis.admissibility import Place, Population, TraceMetadata, admissibility
 from driftscope.analysis.divergence import TokenSums, pooled, token_sums
+from driftscope.analysis.identities import check_identities
 from driftscope.analysis.vote import topological, values_of, vote
 from driftscope.artifacts.model import ModelConfig
 from driftscope.engines.trace import Trace
 from driftscope.errors import InputError
 from driftscope.forward.architecture import embedding_op, head_ops, layer_ops, tap_name
-from driftscope.forward.policy import WHOLE_MODEL
 
 F64 = NDArray[np.float64]
-
-UNIT = {"f32": 2.0**-24, "bf16": 2.0**-9, "f16": 2.0**-12}
-"""Half a step of a dtype, relative: the largest error of one rounding."""
-
-IDENTITY_ROUNDINGS = 16.0
-"""Roundings of the dtype, all of the largest size, that an identity inside of a trace may be off by."""
 
 
 def compare_traces(
@@ -94,43 +88,24 @@ def compare_traces(
 
 
 def broken_identities(trace: Trace, layers: Iterable[int] | None = None) -> list[dict[str, Any]]:
-    """Identities inside of one trace that do not hold: sums of the residual stream, gate times up, softmax.
+    """Identities inside of one trace that do not hold, layers put together.
 
-    They need no weights. One that fails says that a tap was captured at another point than is said, or that
-    the engine does another operation.
+    They need no weights (`driftscope.analysis.identities`). One that fails says that a tap was captured at
+    another point than is said, or that the engine does another operation.
 
     Returns:
-        For each tap the identity, the layers at which it fails, how far off it is there at most (NMSE), and
-        the tolerance.
+        ``tap``, ``identity``, ``layers``, and of the worst of them ``nmse``, ``tolerance`` and ``reading``.
     """
-    arithmetic = trace.manifest.arithmetic
-    unit = UNIT[arithmetic.dtype if arithmetic else "bf16"]
-    wanted = sorted({layer for layer, _ in trace.places} if layers is None else set(layers))
     found: dict[str, dict[str, Any]] = {}
-    for layer in (layer for layer in wanted if layer != WHOLE_MODEL):
-        for tap, text, inputs, of in _IDENTITIES:
-            sources = [_source(layer, name) for name in (*inputs, tap)]
-            if not all(trace.has(*place) for place in sources):
-                continue
-            *parts, recorded = (values_of(trace, *place) for place in sources)
-            with np.errstate(all="ignore"):
-                expected, scale = of(*parts)
-                off = np.where(np.isfinite(recorded) & np.isfinite(expected), recorded - expected, 0.0)
-            energy = float(np.square(scale).sum())
-            nmse = float(np.square(off).sum()) / energy if energy > 0 else 0.0
-            if nmse > IDENTITY_ROUNDINGS * unit * unit:
-                entry = found.setdefault(
-                    tap,
-                    {
-                        "tap": tap,
-                        "identity": text,
-                        "layers": [],
-                        "nmse": 0.0,
-                        "tolerance": IDENTITY_ROUNDINGS * unit * unit,
-                    },
-                )
-                entry["layers"].append(layer)
-                entry["nmse"] = max(entry["nmse"], nmse)
+    for check in check_identities(trace, layers):
+        if check["holds"]:
+            continue
+        entry = found.setdefault(check["identity"], {**check, "layers": []})
+        entry["layers"].append(check["layer"])
+        if check["nmse"] > entry["nmse"]:
+            entry.update({key: check[key] for key in ("nmse", "tolerance", "reading")})
+    for entry in found.values():
+        del entry["layer"], entry["holds"]
     return list(found.values())
 
 
@@ -141,38 +116,6 @@ def standard_point(tap: str, text: str | None) -> bool:
     return any(
         text == known or (tap == "attn_softmax" and text.startswith(known)) for known in _points()[tap]
     )
-
-
-def _residual(x: F64, y: F64) -> tuple[F64, F64]:
-    return x + y, np.hypot(x, y)
-
-
-def _product(x: F64, y: F64) -> tuple[F64, F64]:
-    return x * y, x * y
-
-
-def _silu(x: F64) -> tuple[F64, F64]:
-    found = x / (1 + np.exp(-x))
-    return found, found
-
-
-def _swiglu(gate: F64, up: F64) -> tuple[F64, F64]:
-    return _product(_silu(gate)[0], up)
-
-
-_IDENTITIES: tuple[tuple[str, str, tuple[str, ...], Callable[..., tuple[F64, F64]]], ...] = (
-    ("post_attn_residual", "layer input + attn_out", ("layer_input", "attn_out"), _residual),
-    ("ffn_silu", "silu of ffn_gate", ("ffn_gate",), _silu),
-    ("ffn_swiglu", "silu of ffn_gate times ffn_up", ("ffn_gate", "ffn_up"), _swiglu),
-    ("post_ffn_residual", "post_attn_residual + ffn_out", ("post_attn_residual", "ffn_out"), _residual),
-)
-"""Tap, its identity in words, what it is made of, and how: the value, and the scale of its roundings."""
-
-
-def _source(layer: int, name: str) -> tuple[int, str]:
-    if name == "layer_input":
-        return (layer - 1, "post_ffn_residual") if layer else (WHOLE_MODEL, "embedding")
-    return layer, name
 
 
 def _common(traces: Mapping[str, Trace], layers: set[int] | None) -> list[tuple[int, str]]:

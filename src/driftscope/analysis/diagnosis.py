@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from driftscope.analysis.capture_points import capture_points
 from driftscope.analysis.first_divergence import ALPHA, Flag, first_divergence, flags
 from driftscope.analysis.floors import Floors
 from driftscope.artifacts.model import Artifact
@@ -74,15 +75,16 @@ def diagnose(
     if not rows:
         reason = "no op has both its output and its inputs in the trace: nothing was tested"
         return {**entry, "status": "inadmissible", "reason": reason}
-    flagged = flags(rows, floors or Floors({}), alpha, arithmetic=declared)
-    findings, flagged = _capture_points(trace, replayer, flagged)
+    floors = floors or Floors({})
+    flagged = flags(rows, floors, alpha, arithmetic=declared)
+    captured = capture_points(trace, replayer, flagged, floors)
     tested = {(row["layer"], row["tap"], row["part"]) for row in rows}
     return {
         **entry,
         "tested": len(tested),
-        "flagged": [_short(flag) for flag in flagged],
-        "first": _first(flagged, rows, replayer, trace, own, reference, declared, threads),
-        "capture_points": findings,
+        "flagged": [_short(flag) for flag in captured.remaining],
+        "first": _first(captured.remaining, rows, replayer, trace, own, reference, declared, threads),
+        "capture_points": captured.findings,
         "map": local_map(rows),
     }
 
@@ -163,18 +165,6 @@ def local_map(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _median(values: Sequence[float]) -> float | None:
     finite = [value for value in values if np.isfinite(value)]
     return float(np.median(finite)) if finite else None
-
-
-def _capture_points(
-    trace: Trace, replayer: Replayer, flagged: Sequence[Flag]
-) -> tuple[list[dict[str, Any]], list[Flag]]:
-    """Taps that were captured elsewhere, and the flags that are left without them."""
-    from driftscope.analysis.identities import identities
-
-    findings = identities(trace, replayer, flagged)
-    plain = [dict(item) if isinstance(item, Mapping) else item.to_dict() for item in findings]
-    elsewhere = {(item["layer"], item["tap"], item.get("part", "")) for item in plain}
-    return plain, [flag for flag in flagged if flag.place not in elsewhere]
 
 
 def _short(flag: Flag) -> dict[str, Any]:

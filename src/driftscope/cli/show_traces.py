@@ -55,12 +55,10 @@ def print_comparison(found: Mapping[str, Any], max_nmse: float | None) -> None:
         _line(console, f"inadmissible: {failed[0]['asked']}, but {failed[0]['found']}", "bold red")
         return
     for item in found["identities"]:
-        _line(
-            console,
-            f"{item['trace']}: {item['tap']} is not {item['identity']} in {_layers(item['layers'])} "
-            f"(NMSE {item['nmse']:.2g}, tolerance {item['tolerance']:.2g}): another capture point or op",
-            "yellow",
-        )
+        reading = f": {item['reading']}" if item["reading"] else ": another capture point, or another op"
+        figures = f"NMSE {item['nmse']:.2g}, tolerance {item['tolerance']:.2g}"
+        where = _layers(item["layers"])
+        _line(console, f"{item['trace']}: {item['identity']} fails in {where} ({figures}){reading}", "yellow")
     for pair in found["pairs"]:
         console.print()
         _line(console, f"NMSE of {pair['b']} against {pair['a']}, as propagated, first tokens apart", "bold")
