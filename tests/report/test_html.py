@@ -10,11 +10,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
-from tests.report import helpers
+from tests.report import helpers, replays
 
 from driftscope.report.build import build_report
+from driftscope.report.heat_map import OUTLINE
 from driftscope.report.html import render_html
+from driftscope.report.schema import validate_report
+from driftscope.report.topology import LAYER_TAPS
 from driftscope.report.verdict import CLASSES
 
 _VOID = {"meta", "link", "br", "wbr", "img", "hr", "input"}
@@ -209,3 +214,120 @@ def test_the_bytes_depend_on_the_report_alone(report: dict[str, Any], html: str,
         env=environment,
     )
     assert done.stdout.decode() == html
+
+
+def replayed_case(**changes: Any) -> dict[str, Any]:
+    """Return a report of a case with llama.cpp, whose replay is changed so."""
+    evidence = helpers.synthetic_evidence(layers=3)
+    divergence = evidence["divergence"]
+    engine = divergence.filter(pl.col("pair") == helpers.PAIRS[2]).with_columns(
+        pl.lit("teacher.f32|candidate.llama.cpp").alias("pair")
+    )
+    evidence["divergence"] = pl.concat([divergence, engine])
+    evidence["replay"] = {**replays.replay_document(), **changes}
+    random = np.random.Generator(np.random.Philox(7))
+    pairs = ("teacher.f32|candidate.int8-dot", "teacher.f32|candidate.llama.cpp")
+    evidence["propagation"] = replays.propagation_table(3, random, pairs)
+    report = build_report(evidence)
+    validate_report(report, "report")
+    return report
+
+
+@pytest.fixture(scope="module")
+def at_fault() -> str:
+    return render_html(replayed_case(paths=[replays.faulty(), replays.NOT_INSTALLED]))
+
+
+def test_the_first_divergence_is_named_outlined_and_drawn_beside_the_propagated_error(at_fault: str) -> None:
+    page = Page(at_fault)
+    text = page.text
+    assert text.index("first divergence") < text.index("Propagated error")
+    assert "layer 1, q_post_rope on candidate llama.cpp" in text
+    assert "rope-pairing" in text
+    assert "recorded − declared: the op in the arithmetic that the trace declares" in text
+    strokes = [attributes.get("stroke") for tag, attributes in page.tags if tag == "path"]
+    assert strokes.count(OUTLINE[0]) == 5
+    assert at_fault.count(">▼ layer 1, q_post_rope</text>") == 5
+    shown = [
+        str(attributes["id"]) for _, attributes in page.tags if str(attributes.get("id")).endswith("-title")
+    ]
+    assert shown[:5] == [
+        "local-engine-title",
+        "local-propagated-title",
+        "local-arithmetic-title",
+        "local-model-title",
+        "local-total-title",
+    ]
+
+
+def test_every_op_stands_in_the_picture_and_in_the_table(at_fault: str) -> None:
+    picture = at_fault[
+        at_fault.index('id="local-engine-title"') : at_fault.index('id="local-propagated-title"')
+    ]
+    for tap in (*LAYER_TAPS, "embedding", "final_norm", "lm_head"):
+        assert f">{tap}</text>" in picture
+        assert f'<td class="mono">{tap}</td>' in at_fault
+
+
+def test_the_page_says_which_comparisons_were_not_run(at_fault: str) -> None:
+    text = Page(at_fault).text
+    assert text.count("pip install 'driftscope[transformers]'") == 3
+    assert "Replay of teacher.transformers" in text
+
+
+def test_a_clean_replay_says_so_and_folds_the_other_paths() -> None:
+    page = Page(render_html(replayed_case()))
+    assert "Every one of 240 ops on 4 paths is at its floor." in page.text
+    for path in ("teacher f32", "candidate f32", "candidate int8-dot"):
+        assert f"Pictures of {path}" in page.text
+    assert "▼" not in page.text
+    assert "Of 120 clean runs" in page.text
+    assert "0.0 % had a false alarm (0.0 to 3.0 %, 95 % interval)" in page.text.replace("\u00a0", " ")
+
+
+def test_vote_guess_and_capture_points_are_shown() -> None:
+    point = {"layer": 0, "tap": "attn_out", "point": "after the residual", "statement": "off by the residual"}
+    entry = replays.replayed("candidate.llama.cpp", capture_points=[point])
+    vote = replays.vote(3, replays.odd("candidate.llama.cpp", 1, "attn_out"))
+    text = Page(render_html(replayed_case(paths=[entry], vote=vote))).text
+    for words in (
+        "That is no divergence",
+        "off by the residual",
+        "Who is the odd one out?",
+        "42,000 × the usual distance",
+        "12.3 decades over the others",
+        "Which arithmetic explains a foreign trace best?",
+        "Integer products with q8_K activations",
+    ):
+        assert words in text
+
+
+def test_growth_has_the_first_token_apart_and_a_table(at_fault: str) -> None:
+    page = Page(at_fault)
+    order = [
+        "How does it grow?",
+        "The first token left out",
+        "The first token alone",
+        "in figures, layer by layer",
+    ]
+    places = [page.text.index(words) for words in order]
+    assert places == sorted(places)
+    first = page.text[places[1] : places[2]]
+    assert "teacher f32 → candidate llama.cpp" in first
+
+
+def test_parts_of_the_replay_may_be_absent() -> None:
+    bare = {"path": "x", "status": "done", "tested": 5}
+    for paths in ([bare], [replays.NOT_INSTALLED], [{**replays.faulty(), "map": []}], []):
+        Page(render_html(replayed_case(paths=paths, vote=None, guess=None, floors=None)))
+
+
+def test_text_of_a_replay_is_escaped() -> None:
+    evil = "<script>alert(1)</script>"
+    entry = replays.faulty(statement=evil, tap=evil, **{"class": evil})
+    entry = {**entry, "path": evil, "engine": evil, "map": [{**entry["map"][0], "layer": 1, "tap": evil}]}
+    vote = {"sources": [evil], "odd": [replays.odd(evil, 0, evil)], "conclusion": evil}
+    guess = [{"path": evil, "statement": evil, "products": {"winner": evil}}]
+    html = render_html(replayed_case(paths=[entry], vote=vote, guess=guess))
+    assert "<script" not in html
+    Page(html)

@@ -4,7 +4,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from tests.report import helpers
+from tests.report import helpers, replays
 
 from driftscope.report.build import build_report
 from driftscope.report.verdict import CLASSES
@@ -43,8 +43,10 @@ def test_a_clean_quantized_pair_is_expected_noise_with_figures(evidence: Any) ->
 
 def test_an_absent_replay_is_named_as_a_limit(evidence: Any) -> None:
     assert any("replay was not run" in limit for limit in verdict_of(evidence)["limits"])
-    evidence["local_error"] = {"status": "done"}
-    assert not any("replay" in limit for limit in verdict_of(evidence)["limits"])
+    evidence["replay"] = replays.replay_document()
+    limits = verdict_of(evidence)["limits"]
+    assert not any("replay was not run" in limit for limit in limits)
+    assert any("transformers" in limit and "pip install" in limit for limit in limits)
 
 
 def test_identical_needs_identical_tensors_and_identical_traces(evidence: Any) -> None:
@@ -176,3 +178,117 @@ def test_a_contradicting_falsifier_is_named(evidence: Any) -> None:
     verdict = verdict_of(evidence)
     assert verdict["class"] == "inconclusive"
     assert "local-noise" in verdict["reasons"][0]
+
+
+def replay(evidence: Any, *faulty: dict[str, Any]) -> dict[str, Any]:
+    """Judge the case with a replay in which these paths stand for the clean ones of their name."""
+    changed = {path["path"]: path for path in faulty}
+    paths = [changed.get(path) or replays.replayed(path) for path in replays.PATHS]
+    evidence["replay"] = replays.replay_document(paths)
+    return verdict_of(evidence)
+
+
+def test_a_clean_replay_is_a_reason_with_its_count_of_ops(evidence: Any) -> None:
+    verdict = replay(evidence)
+    assert verdict["class"] == "expected-quantization-noise"
+    ops = 4 * replays.replayed("candidate.f32")["tested"]
+    assert f"Every one of {ops} ops of paths {', '.join(replays.PATHS)} is at its floor" in verdict["reasons"]
+    assert "tensors" in verdict["summary"]
+
+
+@pytest.mark.parametrize("component", ["engine", "model"])
+def test_a_flagged_op_is_a_bug_with_layer_op_and_class(evidence: Any, component: str) -> None:
+    verdict = replay(evidence, replays.faulty(component=component))
+    assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", 1, "q_post_rope")
+    for words in ("layer 1, q_post_rope", "rope-pairing", "candidate.llama.cpp"):
+        assert words in verdict["summary"]
+    assert ("engine bug" in verdict["headline"]) == (component == "engine")
+    assert "NMSE 3.1e-14 of 0.62" in " ".join(verdict["reasons"])
+    clean = next(reason for reason in verdict["reasons"] if "at its floor" in reason)
+    assert "candidate.llama.cpp" not in clean
+
+
+def test_the_price_of_the_declared_arithmetic_is_no_bug(evidence: Any) -> None:
+    entry = {**replays.faulty(component="arithmetic"), "first": None}
+    assert replay(evidence, entry)["class"] == "expected-quantization-noise"
+
+
+def test_flags_without_a_diagnosis_are_a_bug_of_no_known_class(evidence: Any) -> None:
+    entry = {**replays.faulty(), "first": None}
+    verdict = replay(evidence, entry)
+    assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", 1, "q_post_rope")
+    assert "unexplained" in verdict["summary"]
+
+
+def test_a_capture_point_is_named_and_is_no_divergence(evidence: Any) -> None:
+    point = {"layer": 1, "tap": "attn_out", "point": "after the residual", "statement": "found so"}
+    flagged = [replays.flag(1, "attn_out", "engine"), replays.flag(1, "post_attn_residual", "engine")]
+    entry = replays.replayed("candidate.llama.cpp", flagged=flagged, capture_points=[point])
+    verdict = replay(evidence, entry)
+    assert verdict["class"] == "expected-quantization-noise"
+    assert any("layer 1, attn_out at another capture point" in reason for reason in verdict["reasons"])
+
+
+def test_a_first_divergence_of_the_class_capture_point_is_none(evidence: Any) -> None:
+    verdict = replay(evidence, replays.faulty(**{"class": "capture-point"}))
+    assert verdict["class"] == "expected-quantization-noise"
+
+
+def test_a_teachers_path_at_fault_is_named(evidence: Any) -> None:
+    verdict = replay(evidence, replays.faulty("teacher.f32"))
+    assert verdict["class"] == "bug"
+    assert verdict["headline"].startswith("This is an engine bug of teacher.f32,")
+
+
+def test_the_candidates_fault_leads_and_the_others_are_named(evidence: Any) -> None:
+    verdict = replay(
+        evidence,
+        replays.faulty("teacher.f32", layer=0, tap="ffn_norm"),
+        replays.faulty("candidate.f32", layer=2, component="model"),
+        replays.faulty("candidate.llama.cpp", layer=2, component="model"),
+    )
+    assert (verdict["layer"], verdict["op"]) == (2, "q_post_rope")
+    reasons = " ".join(verdict["reasons"])
+    assert "The same op is flagged on candidate.llama.cpp" in reasons
+    assert "teacher.f32 is flagged too, first at layer 0, ffn_norm" in reasons
+
+
+def test_a_fault_outside_the_layers_has_no_layer(evidence: Any) -> None:
+    entry = replays.faulty(layer=-1, tap="lm_head", **{"class": "head-tie"})
+    verdict = replay(evidence, entry)
+    assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", None, "lm_head")
+
+
+def test_different_weights_stay_so_and_get_a_place(evidence: Any) -> None:
+    relate(evidence, [name for name in helpers.tensor_names(3) if "proj" in name], "different")
+    entry = replays.faulty(layer=0, tap="qkv_matmul", component="model", **{"class": "unexplained"})
+    verdict = replay(evidence, entry)
+    assert (verdict["class"], verdict["layer"], verdict["op"]) == ("different-weights", 0, "qkv_matmul")
+    engine = replay(evidence, replays.faulty())
+    assert (engine["class"], engine["layer"]) == ("different-weights", None)
+    assert "candidate.llama.cpp" in " ".join(engine["reasons"])
+
+
+def test_a_different_tensor_keeps_its_place(evidence: Any) -> None:
+    relate(evidence, ["model.layers.1.self_attn.k_proj.weight"], "different")
+    verdict = replay(evidence, replays.faulty(component="model", tap="k_post_rope"))
+    assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", 1, "qkv_matmul")
+
+
+def test_a_fault_needs_no_sweep(evidence: Any) -> None:
+    del evidence["sweep"]
+    assert replay(evidence)["class"] == "inconclusive"
+    assert replay(evidence, replays.faulty())["class"] == "bug"
+
+
+def test_inadmissible_sides_stay_inadmissible(evidence: Any) -> None:
+    evidence["admissibility"] = helpers.admissibility_document(
+        evidence["traces"], candidate_f32=helpers.digest("others")
+    )
+    assert replay(evidence, replays.faulty())["class"] == "inadmissible"
+
+
+def test_a_replay_that_tested_nothing_is_no_clean_one(evidence: Any) -> None:
+    verdict = replay(evidence, *(replays.replayed(path, tested=0) for path in replays.PATHS))
+    assert any("replay was not run" in limit for limit in verdict["limits"])
+    assert not any("at its floor" in reason for reason in verdict["reasons"])

@@ -1,4 +1,4 @@
-"""The pictures of the report, as Altair charts with every size fixed.
+"""The bars and points of the report, as Altair charts with every size fixed.
 
 Colours are constants that the page's style sheet maps to their dark counterparts; `svg.py` says why sizes
 are fixed.
@@ -6,14 +6,13 @@ are fixed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
 from driftscope.report.text import number, percent, percent_interval
-from driftscope.report.topology import site_order, tap_order
+from driftscope.report.topology import site_order
 
 INK = "#1f2328"
 MUTED = "#59636e"
@@ -22,13 +21,11 @@ ZERO = "#e4e8ec"
 COLOURS = {"weight": "#0072b2", "activation": "#d55e00", "both": "#8c959f"}
 """Colours by mechanism (Okabe and Ito 2008, which colour-blind readers tell apart)."""
 
-RAMP = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
-"""Viridis (van der Walt and Smith 2015): even in lightness, safe for colour-blind readers."""
-
-_SMALL = 11
+SMALL = 11
+"""Font size of every text in a chart."""
 
 
-def _finished(
+def finished(
     chart: Any, width: float, height: float, left: int, right: int, bottom: int, top: int = 8
 ) -> Any:
     """Fix a chart's sizes, so that no text measurement moves anything."""
@@ -42,8 +39,8 @@ def _finished(
         )
         .configure_view(stroke=None)
         .configure_axis(
-            labelFontSize=_SMALL,
-            titleFontSize=_SMALL,
+            labelFontSize=SMALL,
+            titleFontSize=SMALL,
             titleFontWeight="normal",
             labelColor=MUTED,
             titleColor=MUTED,
@@ -59,77 +56,9 @@ def _finished(
     )
 
 
-def nmse_domain(maps: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[float, float] | None:
-    """Return the half decades that hold every positive NMSE of some maps, twelve decades at most, or None."""
-    values = [cell["nmse"] for cells in maps for cell in cells if cell["nmse"] and cell["layer"] >= 0]
-    if not values:
-        return None
-    high = math.ceil(2 * math.log10(max(values)))
-    low = max(math.floor(2 * math.log10(min(values))), high - 24)
-    return 10.0 ** (min(low, high - 2) / 2), 10.0 ** (high / 2)
-
-
-def heat_map(cells: Sequence[Mapping[str, Any]], domain: tuple[float, float] | None) -> Any:
-    """Draw the NMSE of every layer and tap: layers from left to right, taps from top to bottom.
-
-    Args:
-        cells: the ``map`` of a pair; taps of the whole model (layer -1) are not drawn.
-        domain: the colour scale's ends, shared by the maps that stand side by side.
-    """
-    drawn = [cell for cell in cells if cell["layer"] >= 0]
-    taps = sorted({cell["tap"] for cell in drawn}, key=lambda tap: tap_order(0, tap))
-    layers = sorted({cell["layer"] for cell in drawn})
-    step = min(max(420 / max(len(layers), 1), 5), 26)
-    every = next((n for n in (1, 2, 5, 10) if n * step >= 18), 20)
-    rows = [
-        {
-            "layer": cell["layer"],
-            "tap": cell["tap"],
-            "nmse": cell["nmse"],
-            "tip": f"layer {cell['layer']}, {cell['tap']}: NMSE {number(cell['nmse'])}",
-        }
-        for cell in drawn
-    ]
-    x: Any = alt.X(
-        "layer:O",
-        sort=layers,
-        scale=alt.Scale(domain=layers, paddingInner=0.06, paddingOuter=0),
-        axis=alt.Axis(
-            values=[layer for layer in layers if layer % every == 0],
-            labelAngle=0,
-            title="layer",
-            titleY=22,
-            domain=False,
-            ticks=False,
-        ),
-    )
-    y = alt.Y(
-        "tap:N",
-        sort=taps,
-        scale=alt.Scale(domain=taps, paddingInner=0.06, paddingOuter=0),
-        axis=alt.Axis(title=None, domain=False, ticks=False, labelPadding=6),
-    )
-    base = alt.Chart()
-    layer_list = []
-    zero = [row for row in rows if row["nmse"] == 0]
-    positive = [row for row in rows if row["nmse"]]
-    if zero:
-        layer_list.append(
-            base.mark_rect(color=ZERO).encode(x=x, y=y, description="tip:N").properties(data=_data(zero))
-        )
-    if positive and domain:
-        stops = [domain[0] * (domain[1] / domain[0]) ** (i / (len(RAMP) - 1)) for i in range(len(RAMP))]
-        colour = alt.Color(
-            "nmse:Q",
-            legend=None,
-            scale=alt.Scale(type="log", domain=stops, range=list(RAMP), clamp=True, interpolate="rgb"),
-        )
-        layer_list.append(
-            base.mark_rect()
-            .encode(x=x, y=y, color=colour, description="tip:N")
-            .properties(data=_data(positive))
-        )
-    return _finished(alt.layer(*layer_list), step * len(layers), 15 * len(taps), 128, 8, 38)
+def every_layer(step: float) -> int:
+    """Return how many layers share one number where each is `step` wide, so that numbers do not touch."""
+    return next((n for n in (1, 2, 5, 10) if n * step >= 18), 20)
 
 
 def mechanism_bars(shares: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Any:
@@ -169,7 +98,7 @@ def mechanism_bars(shares: Sequence[Mapping[str, Any]], labels: Mapping[str, str
         scale=alt.Scale(domain=order, paddingInner=0.35, paddingOuter=0.1),
         axis=alt.Axis(title=None, domain=False, ticks=False, labelPadding=8, labelColor=INK),
     )
-    data = _data(rows)
+    data = values(rows)
     parts = [row for row in rows if "low" in row]
     bars = (
         alt.Chart(data)
@@ -177,21 +106,21 @@ def mechanism_bars(shares: Sequence[Mapping[str, Any]], labels: Mapping[str, str
         .encode(x=x, x2="end:Q", y=y, color=_mechanism_colour(), description="tip:N")
     )
     intervals = (
-        alt.Chart(_data(parts)).mark_rule(color=INK, strokeWidth=1.5).encode(x="low:Q", x2="high:Q", y=y)
+        alt.Chart(values(parts)).mark_rule(color=INK, strokeWidth=1.5).encode(x="low:Q", x2="high:Q", y=y)
     )
     words = (
-        alt.Chart(_data(parts))
-        .mark_text(align="left", dx=8, color=INK, fontSize=_SMALL)
+        alt.Chart(values(parts))
+        .mark_text(align="left", dx=8, color=INK, fontSize=SMALL)
         .encode(x="place:Q", y=y, text="said:N")
     )
-    return _finished(alt.layer(bars, intervals, words), 420, 30 * len(order), 152, 170, 40)
+    return finished(alt.layer(bars, intervals, words), 420, 30 * len(order), 152, 170, 40)
 
 
 def layer_bars(shares: Sequence[Mapping[str, Any]], mechanism: str) -> Any:
     """Draw the share of each layer for one mechanism, with intervals."""
     rows = _rows([share for share in shares if share["item"] != "interaction"], "layer ")
     layers = sorted((row["item"] for row in rows), key=lambda item: (len(item), item))
-    every = next((n for n in (1, 2, 5, 10) if n * 420 / max(len(layers), 1) >= 18), 20)
+    every = every_layer(420 / max(len(layers), 1))
     x = alt.X(
         "item:O",
         sort=layers,
@@ -201,9 +130,9 @@ def layer_bars(shares: Sequence[Mapping[str, Any]], mechanism: str) -> Any:
         ),
     )
     y = alt.Y("share:Q", scale=_share_scale(rows), axis=_share_axis(None))
-    bars = alt.Chart(_data(rows)).mark_bar(color=COLOURS[mechanism]).encode(x=x, y=y, description="tip:N")
-    intervals = alt.Chart(_data(rows)).mark_rule(color=INK).encode(x=x, y="low:Q", y2="high:Q")
-    return _finished(alt.layer(bars, intervals), 420, 130, 58, 8, 38)
+    bars = alt.Chart(values(rows)).mark_bar(color=COLOURS[mechanism]).encode(x=x, y=y, description="tip:N")
+    intervals = alt.Chart(values(rows)).mark_rule(color=INK).encode(x=x, y="low:Q", y2="high:Q")
+    return finished(alt.layer(bars, intervals), 420, 130, 58, 8, 38)
 
 
 def site_bars(shares: Sequence[Mapping[str, Any]], mechanism: str) -> Any:
@@ -217,9 +146,9 @@ def site_bars(shares: Sequence[Mapping[str, Any]], mechanism: str) -> Any:
         axis=alt.Axis(title=None, domain=False, ticks=False, labelPadding=6, labelColor=INK),
     )
     x = alt.X("share:Q", scale=_share_scale(rows), axis=_share_axis(24))
-    bars = alt.Chart(_data(rows)).mark_bar(color=COLOURS[mechanism]).encode(x=x, y=y, description="tip:N")
-    intervals = alt.Chart(_data(rows)).mark_rule(color=INK).encode(x="low:Q", x2="high:Q", y=y)
-    return _finished(alt.layer(bars, intervals), 300, 20 * len(sites), 60, 16, 40)
+    bars = alt.Chart(values(rows)).mark_bar(color=COLOURS[mechanism]).encode(x=x, y=y, description="tip:N")
+    intervals = alt.Chart(values(rows)).mark_rule(color=INK).encode(x="low:Q", x2="high:Q", y=y)
+    return finished(alt.layer(bars, intervals), 300, 20 * len(sites), 60, 16, 40)
 
 
 def flips(points: Sequence[Mapping[str, Any]]) -> Any:
@@ -249,21 +178,22 @@ def flips(points: Sequence[Mapping[str, Any]]) -> Any:
         axis=alt.Axis(title="teacher's margin (logits)", titleX=-38, tickCount=5, domain=False, ticks=False),
     )
     line = (
-        alt.Chart(_data([{"noise": 0.0, "margin": 0.0}, {"noise": right, "margin": 2 * right}]))
+        alt.Chart(values([{"noise": 0.0, "margin": 0.0}, {"noise": right, "margin": 2 * right}]))
         .mark_line(color=MUTED, strokeDash=[4, 3], strokeWidth=1)
         .encode(x=x, y=y)
     )
     colour = alt.condition("datum.near", alt.value(COLOURS["weight"]), alt.value(COLOURS["activation"]))
     shape = alt.condition("datum.near", alt.value("circle"), alt.value("triangle-up"))
     marks = (
-        alt.Chart(_data(rows))
+        alt.Chart(values(rows))
         .mark_point(filled=True, size=46, opacity=0.8)
         .encode(x=x, y=y, color=colour, shape=shape, description="tip:N")
     )
-    return _finished(alt.layer(line, marks), 420, 200, 58, 12, 40)
+    return finished(alt.layer(line, marks), 420, 200, 58, 12, 40)
 
 
-def _data(rows: Sequence[Mapping[str, Any]]) -> Any:
+def values(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows as a chart's data."""
     return alt.Data(values=[dict(row) for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""The ``divergence`` section: the propagated error of each pair of traces, by layer and tap."""
+"""The ``divergence`` section: propagated error of each pair of traces, by layer and tap, and the replay."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from driftscope.report.evidence import ReportEvidence, not_run, plain
+from driftscope.report.evidence import ReportEvidence, not_run
+from driftscope.report.local import local_section
+from driftscope.report.propagation import propagation_section
 from driftscope.report.topology import pair_order, tap_order
 
 if TYPE_CHECKING:
@@ -22,24 +24,22 @@ def divergence_section(evidence: ReportEvidence) -> dict[str, Any]:
     token out where every prompt has more than one, because one massive activation there dominates a pool.
     """
     frame = evidence.get("divergence")
-    local = evidence.get("local_error")
-    local_section = (
-        plain(local)
-        if local
-        else not_run("the replay, which recomputes an op from the other side's inputs, is not there")
-    )
+    replay, parts = evidence.get("replay"), propagation_section(evidence.get("propagation"))
     if frame is None:
-        return {**not_run("no two traces were compared"), "local": local_section}
+        local = local_section(replay, [])
+        return {**not_run("no two traces were compared"), "local": local, "propagation": parts}
     propagated = frame.filter(frame["kind"] == "propagated")
     pairs = [_pair(str(pair), part) for (pair,), part in propagated.group_by("pair", maintain_order=True)]
+    pairs.sort(key=lambda pair: pair_order(pair["pair"]))
     return {
         "status": "done" if pairs else "not-run",
         **({} if pairs else {"reason": "the divergence table holds no propagated error"}),
         "kind": "propagated",
         "statistic": "median over prompts of NMSE = sum (b - a)^2 / sum a^2",
-        "pairs": sorted(pairs, key=lambda pair: pair_order(pair["pair"])),
+        "pairs": pairs,
         "non_finite": _first_non_finite(evidence.get("traces") or {}),
-        "local": local_section,
+        "local": local_section(replay, pairs),
+        "propagation": parts,
     }
 
 

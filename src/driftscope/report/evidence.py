@@ -32,7 +32,8 @@ class ReportEvidence(TypedDict, total=False):
         sweep_summary: the judged sweep: `relations` (tensor to relation) and the `band` they rest on.
         traces: path to its ``trace`` table.
         divergence: the ``divergence`` table.
-        local_error: the summary of the local-error replay.
+        replay: every op of each trace recomputed from its own inputs (`replay.json`).
+        propagation: the ``propagation`` table.
         decomposition: shares, controls, population.
         falsifiers: the verdict of each registered falsifier.
         published: the verdict on each published figure.
@@ -56,7 +57,8 @@ class ReportEvidence(TypedDict, total=False):
     sweep_summary: Document
     traces: Mapping[str, pl.DataFrame]
     divergence: pl.DataFrame
-    local_error: Document
+    replay: Document
+    propagation: pl.DataFrame
     decomposition: Document
     falsifiers: Sequence[Document]
     published: Sequence[Document]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,9 @@ from typing import Any
 
 from driftscope.report import text
 from driftscope.report.evidence import not_run
+from driftscope.report.local import FAULTS
+from driftscope.report.local_view import growth_view, local_view
+from driftscope.report.names import PAIR_NAMES, pair_words, path_words, place_words
 from driftscope.report.verdict import main_pair
 
 _FOLDER = Path(__file__).parent
@@ -43,11 +45,6 @@ _WORDS = {"quantized-from": "quantized", "equal-after-transform": "equal after a
 
 _MECHANISMS = {"weight": "weight quantization", "activation": "activation quantization"}
 
-PAIR_NAMES = {
-    "teacher.f32|candidate.f32": "What the weights change",
-    "candidate.f32|candidate.int8-dot": "What the integer arithmetic changes",
-    "teacher.f32|candidate.int8-dot": "Both together",
-}
 _DRAWN = ("teacher.f32|candidate.f32", "candidate.f32|candidate.int8-dot")
 
 _SCOPES = {
@@ -80,11 +77,14 @@ def render_html(report: Mapping[str, Any]) -> str:
         size=text.size,
         chip=chip_kind,
         mark=lambda status: _MARKS[chip_kind(status)],
-        place=_place,
+        place=place_words,
         words=lambda status: _WORDS.get(status, str(status).replace("-", " ")),
         breakable=_breakable,
         safeguards=safeguards,
-        arrow=_pair_words,
+        arrow=pair_words,
+        fault=lambda kind: FAULTS.get(kind, kind),
+        path=path_words,
+        chance=text.probability,
     )
     environment.globals.update(
         interval=text.percent_interval,
@@ -103,6 +103,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
         pictures=pictures,
         legend=_legend(report),
+        local=local_view(report["divergence"]),
+        growth=growth_view(report["divergence"]),
         figures=_key_figures(report),
         mechanisms=_mechanisms(report),
         interactions=_interactions(report),
@@ -155,17 +157,6 @@ def _breakable(name: str) -> Any:
     return Markup("<wbr>").join(escape(part) for part in re.findall(r"[^._/-]*[._/-]?", name) if part)
 
 
-def _place(place: Mapping[str, Any] | None) -> str:
-    if place is None:
-        return text.MISSING
-    return place["tap"] if place["layer"] < 0 else f"layer {place['layer']}, {place['tap']}"
-
-
-def _pair_words(pair: str) -> str:
-    left, _, right = pair.partition("|")
-    return f"{left.replace('.', ' ')} → {right.replace('.', ' ')}"
-
-
 def _pictures(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Draw every chart that the report has figures for."""
     pairs = _drawn_pairs(report)
@@ -181,17 +172,17 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     flips = [flip for flip in (impact or {}).get("flips", []) if flip.get("logit_noise") is not None]
     if not (pairs or shares or flips):
         return groups
-    from driftscope.report import charts
+    from driftscope.report import charts, heat_map
     from driftscope.report.svg import inline_svg
 
-    domain = charts.nmse_domain([pair["map"] for pair in pairs])
+    domain = heat_map.nmse_domain([pair["map"] for pair in pairs])
     for index, pair in enumerate(pairs):
-        words = _pair_words(pair["pair"])
+        words = pair_words(pair["pair"])
         description = (
             f"Heat map of the propagated NMSE of {words}, layers across and ops down, over"
-            f" {text.counted(pair['tokens'], 'token')}. Largest at {_place(pair['largest'])}."
+            f" {text.counted(pair['tokens'], 'token')}. Largest at {place_words(pair['largest'])}."
         )
-        svg = inline_svg(charts.heat_map(pair["map"], domain), f"map-{index}", words, description)
+        svg = inline_svg(heat_map.heat_map(pair["map"], domain), f"map-{index}", words, description)
         groups["maps"].append({"pair": pair, "svg": svg})
     mechanism = _by(shares, "mechanism")
     if mechanism:
@@ -234,20 +225,14 @@ def _legend(report: Mapping[str, Any]) -> dict[str, Any] | None:
     pairs = _drawn_pairs(report)
     if not pairs:
         return None
-    from driftscope.report import charts
+    from driftscope.report import heat_map
 
     cells = [cell for pair in pairs for cell in pair["map"] if cell["layer"] >= 0]
     zero = any(cell["nmse"] == 0 for cell in cells)
-    domain = charts.nmse_domain([pair["map"] for pair in pairs])
+    domain = heat_map.nmse_domain([pair["map"] for pair in pairs])
     if domain is None:
         return {"gradient": None, "ticks": [], "zero": zero}
-    low, high = (math.log10(end) for end in domain)
-    every = 1 if high - low <= 7 else 2
-    ticks = [
-        {"at": f"{100 * (power - low) / (high - low):.2f}", "power": text.power_of_ten(power)}
-        for power in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1, every)
-    ]
-    return {"gradient": ", ".join(charts.RAMP), "ticks": ticks, "zero": zero}
+    return {"gradient": ", ".join(heat_map.RAMP), "ticks": heat_map.scale_ticks(domain), "zero": zero}
 
 
 def _shares(report: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -345,9 +330,7 @@ def _not_run(report: Mapping[str, Any]) -> list[dict[str, str]]:
         for key, name in names.items()
         if report[key]["status"] == "not-run"
     ]
-    local = report["divergence"]["local"]
-    if local["status"] == "not-run":
-        rows.append({"what": "Local error of each op (replay)", "why": local["reason"]})
+    rows += _not_replayed(report["divergence"])
     for check in report["admissibility"]["checks"]:
         if check["status"] == "not-run":
             rows.append({"what": f"Admissibility: {check['asked']}", "why": check["found"]})
@@ -362,4 +345,23 @@ def _not_run(report: Mapping[str, Any]) -> list[dict[str, str]]:
         for gate in report["gates"]
         if gate["status"] == "not-run"
     ]
+    return rows
+
+
+def _not_replayed(divergence: Mapping[str, Any]) -> list[dict[str, str]]:
+    """List the paths whose ops were not recomputed, and how to install what they need."""
+    local, rows = divergence["local"], []
+    if local["status"] != "done" and not local.get("paths"):
+        rows.append({"what": "Local error of each op (replay)", "why": local["reason"]})
+    for path in local.get("paths") or []:
+        if path["status"] != "done":
+            install = f" To install it: {path['install']}" if path.get("install") else ""
+            rows.append({"what": f"Replay of {path['path']}", "why": f"{path['reason']}.{install}"})
+    names = {"vote": "Vote of three or more sources", "guess": "Guess of a foreign arithmetic"}
+    for key, name in names.items():
+        if local.get(key, {}).get("status") == "not-run":
+            rows.append({"what": name, "why": local[key]["reason"]})
+    parts = divergence.get("propagation") or {}
+    if parts.get("status") == "not-run":
+        rows.append({"what": "Error injected and inherited layer by layer", "why": parts["reason"]})
     return rows

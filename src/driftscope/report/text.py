@@ -70,6 +70,13 @@ def percent_interval(low: Any, high: Any, digits: int | None = None) -> str:
     return f"{percent(low, digits).removesuffix(' %')} to {percent(high, digits)}"
 
 
+def probability(value: Any) -> str:
+    """Write a tail probability; one too small for a double is said to be smaller, not zero."""
+    if value is None:
+        return MISSING
+    return f"< {power_of_ten(-300)}" if value < 1e-300 else number(float(value), 2)
+
+
 def size(count_bytes: Any) -> str:
     """Write a number of bytes in decimal units."""
     if count_bytes is None:

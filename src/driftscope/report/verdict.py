@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from driftscope.report.text import count, counted, listed, number, percent, percent_interval
+from driftscope.report.local import FAULTS, is_clean
+from driftscope.report.text import count, counted, listed, number, percent, percent_interval, probability
 
 CLASSES = (
     "identical",
@@ -41,11 +42,8 @@ def verdict_section(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind, place, reasons = _decide(report)
     layer, op = place or (None, None)
-    if kind == "bug":
-        where = "" if op is None else f" It starts at {_at(layer, op)}."
-        headline = HEADLINES[kind] + where
-    else:
-        headline = HEADLINES[kind]
+    headline = _headline(kind, place, report["divergence"].get("local", {}).get("fault"))
+    reasons = [*reasons, *_at_the_floor(kind, report["divergence"].get("local", {}))]
     figures = [] if kind == "inadmissible" else _figures(report)
     lead = [f"{reasons[0]}."] if reasons else []
     return {
@@ -59,6 +57,20 @@ def verdict_section(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _headline(kind: str, place: tuple[int | None, str] | None, fault: Section | None) -> str:
+    """Say the class and, where there is one, the place: of a fault that the replay found its kind as well."""
+    if place is None:
+        return HEADLINES[kind]
+    if kind != "bug":
+        return f"{HEADLINES[kind]} They part first at {_at(*place)}."
+    if not fault or place != _place_of(fault):
+        return f"{HEADLINES[kind]} It starts at {_at(*place)}."
+    said = f"It starts at {_at(*place)}: {FAULTS.get(fault['class'], fault['class'])}."
+    if fault["component"] == "engine":
+        return f"This is an engine bug of {fault['path']}, not the price of quantization. {said}"
+    return f"{HEADLINES[kind]} {said}"
+
+
 Decision = tuple[str, tuple[int | None, str] | None, list[str]]
 
 
@@ -68,6 +80,12 @@ def _decide(report: Mapping[str, Any]) -> Decision:
         failed = [check for check in admissibility.get("checks", []) if check["status"] == "fails"]
         reasons = [f"Asked: {check['asked']}; found: {check['found']}" for check in failed]
         return "inadmissible", None, reasons or [admissibility.get("reason", "an admissibility check fails")]
+    fault = divergence.get("local", {}).get("fault")
+    at_fault = _weights_at_fault(weights) if weights["status"] == "done" else None
+    if at_fault and fault:
+        return _joined(at_fault, fault)
+    if at_fault is None and fault:
+        return "bug", _place_of(fault), _fault_reasons(fault)
     if weights["status"] != "done":
         return "inconclusive", None, [f"No weights were compared: {weights.get('reason', weights['status'])}"]
     if weights["tensors"] == 0 or weights["elements_compared"] == 0:
@@ -76,8 +94,8 @@ def _decide(report: Mapping[str, Any]) -> Decision:
     if coverage["expected"] != coverage["compared"] or weights["missing"]:
         compared, expected = count(coverage["compared"]), count(coverage["expected"])
         return "inconclusive", None, [f"The sweep compared {compared} of {expected} tensors"]
-    if found := _weights_at_fault(weights):
-        return found
+    if at_fault:
+        return at_fault
     if weights["relations"].get("unclassified", 0):
         unknown = weights["relations"]["unclassified"]
         return "inconclusive", None, [f"The relation of {counted(unknown, 'tensor')} was not classified"]
@@ -110,6 +128,66 @@ def _weights_at_fault(weights: Section) -> Decision | None:
     explained = tensors - different - non_finite
     reasons.append(f"{count(explained)} of {counted(tensors, 'tensor')} are explained")
     return "bug", (_layer(first["layer"]), first["op"]), reasons
+
+
+def _joined(decision: Decision, fault: Section) -> Decision:
+    """Keep what the sweep decided; the replay adds the place, where the weights themselves are flagged."""
+    kind, place, reasons = decision
+    if place is None and fault["component"] == "model":
+        place = _place_of(fault)
+    return kind, place, [*reasons, *_fault_reasons(fault)]
+
+
+def _fault_reasons(fault: Section) -> list[str]:
+    """Say which op of which path is at fault, by what evidence, and which other paths are."""
+    op = f"{fault['tap']} ({fault['part']})" if fault["part"] else fault["tap"]
+    at = _at(_layer(fault["layer"]), op)
+    if fault["component"] == "engine":
+        whose = "from its own recorded inputs it does not give what its weights and declared arithmetic do"
+    else:
+        whose = "its weights or hyperparameters give other values than the teacher's, beyond quantization"
+    chance = (
+        f" (chance of that in a clean trace: {probability(fault['p_value'])})"
+        if fault["p_value"] is not None
+        else ""
+    )
+    reasons = [f"{fault['path']} at {at}: {whose}{chance}. Class: {fault['class']}"]
+    if fault["statement"]:
+        reasons.append(fault["statement"].rstrip("."))
+    if others := [path for path in fault["paths"] if path != fault["path"]]:
+        reasons.append(f"The same op is flagged on {listed(others, 5)}")
+    reasons += [
+        f"{other['path']} is flagged too, first at {_at(_layer(other['layer']), other['tap'])}"
+        f" ({other['component']}, {other['class']})"
+        for other in fault["elsewhere"]
+    ]
+    return reasons
+
+
+def _at_the_floor(kind: str, local: Section) -> list[str]:
+    """Say which paths have every op at its floor, and what was only captured at another point."""
+    if kind == "inadmissible" or local.get("status") != "done":
+        return []
+    clean = [path for path in local["paths"] if is_clean(path)]
+    reasons = []
+    if clean:
+        ops, names = sum(path["tested"] for path in clean), [path["path"] for path in clean]
+        of = f"path {names[0]}" if len(names) == 1 else f"paths {listed(names, 6)}"
+        points = any(path["capture_points"] for path in clean)
+        rest = ", where it was captured as named" if points else ""
+        reasons.append(f"Every one of {counted(ops, 'op')} of {of} is at its floor{rest}")
+    reasons += [
+        f"{path['path']} records {_at(_layer(point['layer']), point['tap'])} at another capture point;"
+        " that is no divergence"
+        for path in local["paths"]
+        if path["status"] == "done"
+        for point in path["capture_points"][:1]
+    ]
+    return reasons
+
+
+def _place_of(fault: Section) -> tuple[int | None, str]:
+    return _layer(fault["layer"]), fault["tap"]
 
 
 def _noise_or_not(report: Mapping[str, Any]) -> Decision:
@@ -212,7 +290,15 @@ def main_pair(pairs: Sequence[Section]) -> Section | None:
 def _limits(report: Mapping[str, Any]) -> list[str]:
     """Say what the verdict does not rest on."""
     limits = []
-    if report["divergence"].get("local", {}).get("status") != "done":
+    local = report["divergence"].get("local", {})
+    if local.get("status") == "done":
+        limits += [
+            f"{path.get('engine') or path['path']} was not replayed on {path['path']}: {path['reason']}"
+            + (f"; to install it: {path['install']}" if path.get("install") else "")
+            for path in local["paths"]
+            if path["status"] != "done"
+        ]
+    else:
         limits.append(
             "Local errors were not measured (the replay was not run): a fault inside one op that the weights"
             " do not show would appear here only as part of the propagated error"
