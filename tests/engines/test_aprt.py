@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from tests.forward.models import write_model
 
 from driftscope.artifacts.model import ModelConfig
@@ -214,3 +216,20 @@ def test_what_is_not_finite_stays(tmp_path: Path) -> None:
     stage_file(tmp_path / "apr/layer-0/ffn_out.bin", 0, x)
     found = convert_aprt(tmp_path / "apr", [1, 2], tmp_path / "trace", all_tokens=True)
     assert np.array_equal(found.tap(0, "ffn_out"), x, equal_nan=True)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(content=b"APRT" + struct.pack("<II", 0, 2) + b"\0" * 8)
+@given(content=st.binary(max_size=64) | st.binary(max_size=40).map(lambda tail: b"APRT" + tail))
+def test_any_bytes_are_read_or_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    path = stage_file(tmp_path / "apr/layer-0/ffn_out.bin", 0, np.ones(2))
+    path.write_bytes(content)
+    message = ""
+    try:
+        convert_aprt(tmp_path / "apr", [1, 2], tmp_path / "trace", all_tokens=True)
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+    count = int.from_bytes(content[8:12], "little")
+    whole = count > 0 and count % 2 == 0 and len(content) == 12 + 4 * count
+    assert (not message) == (whole and content[:8] == b"APRT\0\0\0\0")

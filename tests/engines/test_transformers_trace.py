@@ -345,6 +345,18 @@ def test_a_weight_that_is_missing_is_not_made_up(qwen2: Path, tmp_path: Path) ->
         engine.load(tmp_path)
 
 
+def test_a_name_is_not_looked_up_in_a_cache(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a folder; expected a safetensors model"):
+        engine.load(tmp_path / "organisation" / "model")
+
+
+def test_loading_is_silent_and_later_bars_are_not(qwen2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = transformers.utils.logging.is_progress_bar_enabled()
+    engine.load(qwen2)
+    assert transformers.utils.logging.is_progress_bar_enabled() == before
+    assert capfd.readouterr().err == ""
+
+
 def test_a_cut_file_is_refused(qwen2: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((qwen2 / "config.json").read_bytes())
     data = (qwen2 / "model.safetensors").read_bytes()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.artifacts.files import is_folder
 from driftscope.engines.available import EXTRAS
 from driftscope.errors import InputError
 from driftscope.forward.batch import TokenBatch
@@ -98,7 +99,13 @@ def load(
     torch, transformers = _modules()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("transformers: device 'cuda' was asked for, but torch finds no CUDA device")
+    if not is_folder(folder):
+        # transformers would take the name for one of a model that it has in its cache.
+        raise InputError(f"{folder}: not a folder; expected a safetensors model with its config.json")
     torch.set_num_threads(threads)
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -112,6 +119,9 @@ def load(
     except Exception as error:
         # transformers passes on whatever its parts raise over a file that is not what they expect.
         raise InputError(f"{folder}: transformers cannot load the model: {_one_line(error)}") from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     # transformers would go on with random values.
     if missing := sorted(map(str, found.get("missing_keys", ()))):
         raise InputError(f"{folder}: transformers finds no weights for {missing[0]} ({len(missing)} in all)")
