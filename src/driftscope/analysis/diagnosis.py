@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from driftscope.analysis.replay import Replayer
     from driftscope.engines.trace import Trace
 
+NEARLY_AS_GOOD = 100.0
+"""Times the residual of the best explanation that another one may leave to be told beside it."""
+
 COMPONENTS = ("engine", "arithmetic", "model")
 
 
@@ -198,6 +201,10 @@ def _first(
         rows=rows,
         threads=threads,
     )
-    found = [explanation.to_dict() for explanation in explain(op, context)]
-    best = found[0] if found else {"class": "unexplained", "statement": "", "evidence": {}}
-    return {**first.to_dict(), **best, "others": found[1:4]}
+    best, *others = [explanation.to_dict() for explanation in explain(op, context)]
+    limit = NEARLY_AS_GOOD * max(best["residual_after"], best["evidence"].get("noise", 0.0))
+    return {
+        **first.to_dict(),
+        **best,
+        "others": [other for other in others if other["residual_after"] <= limit],
+    }
