@@ -258,7 +258,7 @@ def test_an_attention_function_of_the_caller_is_watched(qwen2: Path, clean: Trac
         group = module.num_key_value_groups
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         scores = (query.half() @ key.half().transpose(2, 3)).float() * scaling
-        scores += attention_mask
+        scores += attention_mask[:, :, :, : key.shape[2]]
         return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2), None
 
     transformers.AttentionInterface.register("test_half_scores", half_scores)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.engines.hooks import INPUT, OUTPUT, hooks, host_copy
+from driftscope.engines.trace import RAGGED
 from driftscope.errors import InputError
 from driftscope.forward.architecture import tap_name
 from driftscope.forward.policy import WHOLE_MODEL
@@ -67,10 +68,15 @@ class _Watcher:
     Only what runs inside of a layer is that layer's: a module that two layers share is told apart so.
     """
 
-    def __init__(self, keep: Keep, done: Callable[[int], None]) -> None:
+    def __init__(
+        self, keep: Keep, done: Callable[[int], None], wanted: Callable[[int, str], bool], *, biased: bool
+    ) -> None:
         self.layer = WHOLE_MODEL
         self.keep = keep
         self.done = done
+        self.wanted = wanted
+        # Without a bias, what q_proj and so on give is the product too.
+        self.same_as = {} if biased else {"qkv_bias": ("qkv_matmul",)}
 
     def enter(self, layer: int, _: Any) -> None:
         self.layer = layer
@@ -81,8 +87,10 @@ class _Watcher:
         self.done(layer)
 
     def take(self, layer: int, tap: str, tensor: Any) -> None:
-        """Keep a tensor ``[1, t, channels]``, or ``[t, channels]``, if the pass is in that layer."""
-        if layer != self.layer:
+        """Keep a tensor ``[1, t, channels]``, or ``[t, channels]``, if it is wanted and the pass is there."""
+        name, dot, part = tap.partition(".")
+        names = [each for each in (name, *self.same_as.get(name, ())) if self.wanted(layer, each)]
+        if layer != self.layer or not names:
             return
         array = host_copy(tensor)
         if array.ndim == 3 and array.shape[0] == 1:
@@ -92,7 +100,8 @@ class _Watcher:
                 f"{tap_name(layer, tap)}: the module gives the shape {list(array.shape)}; "
                 "expected one sequence of tokens x channels"
             )
-        self.keep(layer, tap, array)
+        for each in names:
+            self.keep(layer, f"{each}{dot}{part}", array)
 
     def attend(self, original: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run an attention function and keep what it is given and what it computes on the way."""
@@ -100,6 +109,8 @@ class _Watcher:
         for tap, name in (("q_post_rope", "query"), ("k_post_rope", "key")):
             # [1, heads, t, head_dim], as transformers' attention functions have it
             self.take(self.layer, tap, arguments[name].transpose(1, 2).flatten(2))
+        if not any(self.wanted(self.layer, tap) for tap in RAGGED):
+            return original(module, *args, **kwargs)
         length = arguments["query"].shape[2]
         seen = _SoftmaxSeen(arguments.get("attention_mask"), alone=length == 1)
         with seen.mode():
@@ -195,16 +206,7 @@ def watched(
         InputError: the model's modules are not where they are expected.
     """
     layers = layers_of(model, where)
-    biased = has_bias(model)
-
-    def filtered(layer: int, tap: str, array: F32) -> None:
-        name, dot, part = tap.partition(".")
-        if wanted(layer, name):
-            keep(layer, tap, array)
-        if name == "qkv_bias" and not biased and wanted(layer, "qkv_matmul"):
-            keep(layer, f"qkv_matmul{dot}{part}", array)
-
-    watcher = _Watcher(filtered, done)
+    watcher = _Watcher(keep, done, wanted, biased=has_bias(model))
     with ExitStack() as stack:
         watch = stack.enter_context(hooks())
         for path, side, tap in _WHOLE:
