@@ -9,7 +9,6 @@ import scipy.stats
 from driftscope.analysis.calibration import (
     RUNS,
     SETTINGS,
-    calibrate,
     clean_run,
     clean_runs,
     clopper_pearson,
@@ -18,11 +17,6 @@ from driftscope.analysis.calibration import (
 from driftscope.analysis.floors import COMPONENTS, Floors, statistics_of
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def floors() -> Floors:
-    return calibrate()
 
 
 def test_half_of_the_runs_are_fitted_and_the_rest_raises_no_alarm(floors: Floors) -> None:
