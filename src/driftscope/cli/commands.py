@@ -145,7 +145,8 @@ def report(
     path: Annotated[Path, typer.Argument(help="a report, results/<name>_report.json")],
     as_json: AsJson = False,
 ) -> None:
-    """Print the verdict of a report, and where its page is."""
+    """Print the verdict of a report, its first divergence, and where its page is."""
+    from driftscope.report.names import divergence_line
     from driftscope.report.write import read_report
 
     document = read_report(path)
@@ -157,6 +158,7 @@ def report(
     typer.echo(verdict["summary"])
     for reason in verdict.get("reasons", []):
         typer.echo(f"  - {reason}")
+    typer.echo(divergence_line(document["divergence"]["local"]))
     page = path.with_suffix(".html")
     if page.is_file():
         typer.echo(f"The page: {page}")

@@ -17,7 +17,7 @@ PAIR_NAMES = {
 }
 
 COMPONENT_NAMES = {
-    "engine": "What the engine does otherwise than it declares",
+    "engine": "What the engine does otherwise",
     "arithmetic": "What the declared arithmetic costs",
     "model": "What the weights change",
     "total": "All that each op adds",

@@ -293,7 +293,7 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
     local = report["divergence"].get("local", {})
     if local.get("status") == "done":
         limits += [
-            f"{path.get('engine') or path['path']} was not replayed on {path['path']}: {path['reason']}"
+            f"{path['path']} was not replayed: {path['reason']}"
             + (f"; to install it: {path['install']}" if path.get("install") else "")
             for path in local["paths"]
             if path["status"] != "done"

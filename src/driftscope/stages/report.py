@@ -11,11 +11,16 @@ from driftscope.evidence.digest import code_digest, sha256_json
 from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_json, read_table, read_table_header
 
-TABLES = {"sweep": ("sweep.parquet", "sweep"), "divergence": ("divergence.parquet", "divergence")}
+TABLES = {
+    "sweep": ("sweep.parquet", "sweep"),
+    "divergence": ("divergence.parquet", "divergence"),
+    "propagation": ("propagation.parquet", "propagation"),
+}
 DOCUMENTS = {
     "sweep_inventory": "sweep.json",
     "sweep_summary": "weights.json",
     "admissibility": "admissibility.json",
+    "replay": "replay.json",
     "decomposition": "decomposition.json",
     "impact": "impact.json",
     "fix_scope": "fix_scope.json",
