@@ -96,12 +96,12 @@ def product(case: Case) -> Iterator[Candidate]:
                     f"the product takes {what} from {abs(shift)} channels "
                     f"{'before' if shift > 0 else 'after'}{ending}",
                     value,
-                    1,
+                    0,
                     {"shift": -shift, "factor": what},
                 )
         both = np.roll(activated * up, shift, axis=1)
         yield Candidate(
-            "swiglu-shift", f"the product is shifted by {shift} channels", both, 1, {"shift": shift}
+            "swiglu-shift", f"the product is shifted by {shift} channels", both, 0, {"shift": shift}
         )
     yield Candidate("cross-match", "the product lacks up", activated, 0, {"missing": "ffn_up"})
     yield Candidate("cross-match", "the product lacks the gate", up, 0, {"missing": "ffn_silu"})

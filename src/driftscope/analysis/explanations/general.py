@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from driftscope.analysis.explanations.base import F64, I64, Candidate, Case, figure, rounded
+from driftscope.forward.arithmetic import round_to
 
 _SHIFTS = (1, -1, 2, -2, 4, -4, 8, -8, 16, -16, 32, -32, 64, -64)
 _MOST_CHANNELS = 8192
@@ -171,7 +172,17 @@ def one_channel(case: Case) -> Iterator[Candidate]:
     )
 
 
+def rounded_output(case: Case) -> Iterator[Candidate]:
+    """The output is rounded to 16 bits."""
+    if case.ragged or case.dtype != "f32":
+        return
+    for dtype in ("bf16", "f16"):
+        predicted = round_to(case.expected.astype(np.float32), dtype).astype(np.float64)
+        yield Candidate("cross-match", f"the output is rounded to {dtype}", predicted, 2, {"dtype": dtype})
+
+
 HYPOTHESES = (
+    rounded_output,
     constant_ratio,
     shifted_channels,
     permuted_channels,

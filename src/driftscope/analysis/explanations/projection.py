@@ -9,13 +9,16 @@ import numpy as np
 from driftscope.analysis.explanations import caps
 from driftscope.analysis.explanations.base import F64, I64, Candidate, Case, figure, rounded
 from driftscope.analysis.explanations.linear import Linear
+from driftscope.analysis.explanations.not_finite import LARGEST_F16
 from driftscope.forward.architecture import site_tensor
+from driftscope.forward.arithmetic import round_to
 from driftscope.forward.policy import LAYER_SITES, WHOLE_MODEL
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 _SAMPLED_ROWS = 128
 _SAMPLED_TOKENS = 16
+_MOST_COLUMNS = 8192
 
 
 def interleaved(rows: int, heads: int) -> I64:
@@ -217,6 +220,59 @@ def missing(case: Case) -> Iterator[Candidate]:
     yield Candidate("missing-tensor", what, np.broadcast_to(bias, case.target.shape), 0)
 
 
+def in_half(case: Case) -> Iterator[Candidate]:
+    """The product is computed in float16, which may or may not have gone beyond its largest value."""
+    linear = Linear.of(case)
+    if linear is None or not case.is_engine or case.dtype != "f32":
+        return
+    largest = float(np.abs(np.where(np.isfinite(case.expected), case.expected, 0.0)).max(initial=0.0))
+    evidence = {"largest_magnitude": rounded(largest), "limit": LARGEST_F16}
+    tail = f"; magnitudes reach {figure(largest)}, float16 ends at {LARGEST_F16:.0f}"
+    clipped = np.clip(case.expected, -LARGEST_F16, LARGEST_F16)
+    if largest > LARGEST_F16:
+        what = "the output is cut at the largest float16" + tail
+        yield Candidate("f16-overflow", what, clipped, 0, evidence)
+    output = round_to(clipped.astype(np.float32), "f16").astype(np.float64)
+    yield Candidate("f16-overflow", "the output is rounded to float16" + tail, output, 0, evidence)
+    rows, tokens = _sample(case)
+    x = linear.x[tokens]
+    weight = case.weight(linear.name, rows)
+    half_x, half_weight = round_to(x, "f16"), round_to(weight, "f16")
+    for what, left, right in (
+        ("the activation is rounded to float16", half_x, weight),
+        ("activation and weights are rounded to float16", half_x, half_weight),
+    ):
+        found = linear.times(right, left) + linear.bias(rows)
+        yield Candidate("f16-overflow", what + tail, found, 0, evidence, None, tokens, rows)
+        found = round_to(found.astype(np.float32), "f16").astype(np.float64)
+        yield Candidate(
+            "f16-overflow", f"{what}, and so is the output{tail}", found, 1, evidence, None, tokens, rows
+        )
+    if x.shape[1] > _MOST_COLUMNS:
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.zeros((tokens.size, rows.size), np.float16)
+        for column in range(x.shape[1]):
+            total += half_x[:, column].astype(np.float16)[:, None] * half_weight[:, column].astype(np.float16)
+    found = total.astype(np.float64) + linear.bias(rows)
+    expected = case.expected[np.ix_(tokens, rows)]
+    simulated = float(np.nansum((found - expected) ** 2))
+    error = float(np.sum(case.residual[np.ix_(tokens, rows)] ** 2))
+    signal = float(np.nansum(expected**2))
+    # Another order of the sum gives other roundings, of the same size.
+    alike = 0.1 * simulated <= error <= 10 * simulated and error <= 1e-3 * signal
+    yield Candidate(
+        "f16-overflow",
+        "the sum runs in float16" + tail,
+        found,
+        2,
+        evidence,
+        True if alike else None,
+        tokens,
+        rows,
+    )
+
+
 def capped(case: Case) -> Iterator[Candidate]:
     """The logits are capped, or not capped any more."""
     largest = float(np.abs(np.where(np.isfinite(case.expected), case.expected, 0.0)).max(initial=0.0))
@@ -250,4 +306,5 @@ HYPOTHESES = (
     missing,
     other_layer,
     capped,
+    in_half,
 )

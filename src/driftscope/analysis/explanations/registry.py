@@ -102,18 +102,22 @@ def choose(case: Case, candidates: Iterable[Candidate]) -> list[Explanation]:
     held = []
     for order, candidate in enumerate(candidates):
         found = case.energies(candidate)
+        if found.before <= found.floor:
+            continue
         limit = max(NOISE_FACTOR * found.floor, LEFT * found.before)
         holds = found.left <= limit and found.left <= found.before / 2
         if holds if candidate.accepted is None else candidate.accepted:
             held.append((found.nmse(found.left), candidate.complexity, order, candidate, found))
     if not held:
         return []
-    least = min(left for left, *_ in held)
+    least = min((left for left, _, _, candidate, _ in held if candidate.accepted is None), default=0.0)
 
-    def rank(item: tuple[float, int, int, Candidate, Energies]) -> tuple[bool, float, float, int]:
-        left, complexity, order, _, found = item
+    def rank(item: tuple[float, int, int, Candidate, Energies]) -> tuple[bool, bool, float, float, int]:
+        left, complexity, order, candidate, found = item
+        # One that has judged itself does not say what is left: it comes after those that do.
+        last = candidate.accepted is not None
         far = left > max(AS_GOOD * least, NOISE_FACTOR * found.nmse(found.floor))
-        return (far, left, complexity, order) if far else (far, complexity, left, order)
+        return (last, far, left, complexity, order) if far else (last, far, complexity, left, order)
 
     return [_explanation(case, candidate, found) for *_, candidate, found in sorted(held, key=rank)]
 
@@ -134,9 +138,12 @@ def _unexplained(case: Case) -> Explanation:
     found = Energies(case.signal, case.before, case.before, case.floor)
     before = found.nmse(found.before)
     places = localise(case.op, case.context)
+    reason = f"no hypothesis explains the error of NMSE {figure(before)}"
+    if found.before <= found.floor:
+        reason = f"the error of NMSE {figure(before)} is no more than noise"
     return Explanation(
         "unexplained",
-        f"{case.place}: no hypothesis explains the error of NMSE {figure(before)}. {places['sentence']}",
+        f"{case.place}: {reason}. {places['sentence']}",
         rounded(before),
         rounded(before),
         {"where": places, "noise": rounded(found.nmse(found.floor))},
