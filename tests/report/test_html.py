@@ -286,7 +286,7 @@ def test_a_clean_replay_says_so_and_folds_the_other_paths() -> None:
 
 
 def test_vote_guess_and_capture_points_are_shown() -> None:
-    point = {"layer": 0, "tap": "attn_out", "point": "after the residual", "statement": "off by the residual"}
+    point = {"layer": 0, "tap": "attn_out", "found": "after the residual", "statement": "off by the residual"}
     entry = replays.replayed("candidate.llama.cpp", capture_points=[point])
     vote = replays.vote(3, replays.odd("candidate.llama.cpp", 1, "attn_out"))
     text = Page(render_html(replayed_case(paths=[entry], vote=vote))).text

@@ -221,12 +221,21 @@ def test_flags_without_a_diagnosis_are_a_bug_of_no_known_class(evidence: Any) ->
 
 
 def test_a_capture_point_is_named_and_is_no_divergence(evidence: Any) -> None:
-    point = {"layer": 1, "tap": "attn_out", "point": "after the residual", "statement": "found so"}
+    point = {
+        "layer": 1,
+        "tap": "attn_out",
+        "found": "after the residual",
+        "layers": [1, 2],
+        "statement": "found so",
+    }
     flagged = [replays.flag(1, "attn_out", "engine"), replays.flag(1, "post_attn_residual", "engine")]
     entry = replays.replayed("candidate.llama.cpp", flagged=flagged, capture_points=[point])
     verdict = replay(evidence, entry)
     assert verdict["class"] == "expected-quantization-noise"
-    assert any("layer 1, attn_out at another capture point" in reason for reason in verdict["reasons"])
+    assert any(
+        "layer 1, attn_out at another capture point (after the residual) in 2 layers" in reason
+        for reason in verdict["reasons"]
+    )
 
 
 def test_a_first_divergence_of_the_class_capture_point_is_none(evidence: Any) -> None:

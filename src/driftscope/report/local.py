@@ -137,7 +137,9 @@ def _path(item: Mapping[str, Any], compared: Sequence[str]) -> dict[str, Any]:
         "capture_points": [
             {
                 **_place(point),
-                "point": point.get("point"),
+                "layers": [int(layer) for layer in point.get("layers") or [point["layer"]]],
+                "declared": point.get("declared"),
+                "found": point.get("found"),
                 "statement": str(point.get("statement") or ""),
             }
             for point in points

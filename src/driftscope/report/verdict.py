@@ -177,11 +177,13 @@ def _at_the_floor(kind: str, local: Section) -> list[str]:
         rest = ", where it was captured as named" if points else ""
         reasons.append(f"Every one of {counted(ops, 'op')} of {of} is at its floor{rest}")
     reasons += [
-        f"{path['path']} records {_at(_layer(point['layer']), point['tap'])} at another capture point;"
-        " that is no divergence"
+        f"{path['path']} records {_at(_layer(point['layer']), point['tap'])} at another capture point"
+        + (f" ({point['found']})" if point["found"] else "")
+        + (f" in {count(len(point['layers']))} layers" if len(point["layers"]) > 1 else "")
+        + "; that is no divergence"
         for path in local["paths"]
         if path["status"] == "done"
-        for point in path["capture_points"][:1]
+        for point in path["capture_points"][:3]
     ]
     return reasons
 
