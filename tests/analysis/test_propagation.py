@@ -208,3 +208,13 @@ def test_another_model_is_refused(qwen2: tuple[Artifact, Trace], tmp_path: Path)
     other = open_artifact(write_model(tmp_path / "other", "llama"))
     with pytest.raises(InputError, match="112 channels; expected the model's 96"):
         propagation(a, a, other)
+
+
+def test_only_some_layers(qwen2: tuple[Artifact, Trace]) -> None:
+    artifact, a = qwen2
+    for layers, expected in (
+        ([1], {(1, "post_ffn_residual")}),
+        ([-1, 9], {(-1, "embedding"), (-1, "lm_head")}),
+    ):
+        found = propagation(a, a, artifact, layers=layers)
+        assert {(row["layer"], row["tap"]) for row in found} == expected

@@ -153,6 +153,24 @@ def test_traces_that_differ_hold_unless_a_limit_is_set(paths: dict[str, Path], d
     assert code == 1
 
 
+def test_the_error_is_split_where_the_weights_are_given(paths: dict[str, Path], driftscope: Runner) -> None:
+    arguments = ("compare", paths["clean"], paths["faulty"], "--weights", paths["model.gguf"])
+    code, text, _ = driftscope(*arguments)
+    assert code == 0
+    lines = {line.split()[1]: line.split() for line in text.splitlines() if line.startswith("layer ")}
+    assert lines["0"][3:6] == ["0", "0", "0"]
+    assert lines["1"][3] == lines["1"][6] != "0"  # all of it is injected
+    assert lines["2"][3] == "0"
+    assert lines["2"][4] == lines["2"][6] != "0"  # all of it is inherited
+    code, text, _ = driftscope(*arguments, "--json")
+    (travelled,) = json.loads(text)["propagation"]
+    assert [step["tap"] for step in travelled["steps"]] == [
+        "embedding",
+        *3 * ["post_ffn_residual"],
+        "lm_head",
+    ]
+
+
 def test_other_tokens_do_not_hold(paths: dict[str, Path], driftscope: Runner) -> None:
     code, text, _ = driftscope("compare", paths["clean"], paths["other"])
     assert code == 1

@@ -30,6 +30,7 @@ from driftscope.forward.batch import TokenBatch
 from driftscope.forward.evaluate import DeclaredOps, Value
 from driftscope.forward.model import ForwardPass
 from driftscope.forward.policy import WHOLE_MODEL
+from driftscope.forward.rounded import rounded
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -69,15 +70,14 @@ class Parts:
 
 
 def steps_of(n_layers: int, layers: Iterable[int] | None = None) -> list[Step]:
-    """The steps of a model: embedding, layers, head; with `layers`, only these layers."""
-    found = [
-        Step(layer, "post_ffn_residual", (layer - 1, "post_ffn_residual") if layer else (-1, "embedding"))
-        for layer in (range(n_layers) if layers is None else sorted(set(layers)))
-    ]
-    if layers is not None:
-        return found
-    head = Step(WHOLE_MODEL, "lm_head", (n_layers - 1, "post_ffn_residual"))
-    return [Step(WHOLE_MODEL, "embedding", None), *found, head]
+    """The steps of a model: embedding, layers, head; with `layers` only these, of which -1 is both others."""
+    found = [Step(WHOLE_MODEL, "embedding", None)]
+    for layer in range(n_layers):
+        before = (layer - 1, "post_ffn_residual") if layer else (WHOLE_MODEL, "embedding")
+        found.append(Step(layer, "post_ffn_residual", before))
+    found.append(Step(WHOLE_MODEL, "lm_head", (n_layers - 1, "post_ffn_residual")))
+    wanted = None if layers is None else set(layers)
+    return [step for step in found if wanted is None or step.layer in wanted]
 
 
 def propagation(
@@ -99,7 +99,7 @@ def propagation(
         artifact: the reference's model.
         pair: what the rows are called; by default the names of both engines.
         arithmetic: the reference's; by default what its trace declares, else f32.
-        layers: only these, without embedding and head.
+        layers: only these, -1 for embedding and head; None for all.
         threads: the result does not depend on it.
         progress: called with the steps done and their number.
 
@@ -175,11 +175,15 @@ def decompose(a_in: F32 | None, a_out: F32, b_in: F32 | None, b_out: F32, of_a: 
 
 
 class ReferenceLayers:
-    """The steps of a model in an arithmetic, as functions."""
+    """The steps of a model in an arithmetic, as functions.
+
+    In ``bf16`` and ``f16`` the weights and the output of every op are rounded, as torch does.
+    """
 
     def __init__(self, artifact: Artifact, arithmetic: Arithmetic, *, threads: int = 1) -> None:
         role = arithmetic.policy.base.artifact
-        self._pass = ForwardPass({role: artifact}, arithmetic.policy, threads=threads)
+        loaded = rounded(artifact, arithmetic.dtype)
+        self._pass = ForwardPass({role: loaded}, arithmetic.policy, threads=threads)
         self._dtype = arithmetic.dtype
         self.config = self._pass.config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ _SHOWN = {
     "post_ffn_residual": "+ ffn",
 }
 """Taps of a layer that have a column, and what it is called."""
+
+_PACKAGES = {"llama.cpp": "llama-cpp-python"}
+
+_MATMULS = ("qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "lm_head")
 
 FLOOR = 1e-12
 """NMSE up to which a difference is put down to the rounding of float32 sums (`driftscope.analysis.vote`)."""
@@ -64,6 +69,10 @@ def print_comparison(found: Mapping[str, Any], max_nmse: float | None) -> None:
         _line(console, f"NMSE of {pair['b']} against {pair['a']}, as propagated, first tokens apart", "bold")
         _pair_table(console, pair["taps"])
         _line(console, _first_difference(pair))
+    for travelled in found.get("propagation", ()):
+        console.print()
+        _line(console, f"error of {travelled['b']} against {travelled['a']}, as energies", "bold")
+        _propagation_table(console, travelled["steps"])
     if found["vote"]:
         console.print()
         _line(console, f"vote: {found['vote']['conclusion']}", "bold")
@@ -87,6 +96,7 @@ def print_diagnosis(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
         _line(console, f"{found['status']}: {found['reason']}", "bold red")
         return
     _rows_table(console, rows, found["flagged"], limit)
+    _line(console, _price(found["map"]))
     tested = f"{_count(found['tested'], 'op')} in {_count(found['prompts'], 'prompt')}"
     for item in found["capture_points"]:
         _line(console, f"capture point: {item['statement']}", "yellow")
@@ -125,6 +135,31 @@ def _pair_table(console: Console, taps: Sequence[Mapping[str, Any]]) -> None:
     ]
     if said:
         console.print("   ".join(said))
+
+
+def _propagation_table(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Injected and inherited error behind each part of the model, in units of the signal."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("behind", no_wrap=True)
+    for name in ("comes in", "injected", "inherited", "cross", "goes out", "gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before = None
+    for step in steps:
+        # What comes in is in units of the signal that it comes in with: that behind the step before.
+        follows = before is not None and step["layer"] in (-1, before["layer"] + 1)
+        incoming = _over(step["energy_in"], before["signal_energy"]) if before and follows else None
+        cells = [_over(step[key], step["signal_energy"]) for key in ("injected", "inherited", "cross")]
+        place = f"layer {step['layer']}" if step["layer"] >= 0 else step["tap"]
+        gain = "-" if step["gain"] is None else f"{step['gain']:.2f}"
+        table.add_row(place, *(_figure(cell) for cell in (incoming, *cells, step["nmse"])), gain)
+        before = step
+    console.print(table)
+
+
+def _over(energy: float, signal: float) -> float | None:
+    return energy / signal if signal > 0 else None
 
 
 def _cell(tap: Mapping[str, Any] | None) -> Any:
@@ -228,6 +263,20 @@ def _rows_table(
         console.print(f"… and {len(ranked) - limit} more ops (--limit)", style="dim")
 
 
+def _price(local: Sequence[Mapping[str, Any]]) -> str:
+    """What a matmul typically costs, by component."""
+    parts = []
+    for component, words in (
+        ("engine", "beyond its arithmetic"),
+        ("arithmetic", "by its arithmetic"),
+        ("model", "by its weights"),
+    ):
+        found = [item[component] for item in local if item["tap"] in _MATMULS and item[component] is not None]
+        if found:
+            parts.append(f"{statistics.median(found):.2g} {words}")
+    return f"a matmul is off by an NMSE of {', '.join(parts)} (medians)" if parts else "no matmul was tested"
+
+
 def _key(row: Mapping[str, Any]) -> tuple[int, str, str, str]:
     return row["layer"], row["tap"], row["part"], row["component"]
 
@@ -249,7 +298,8 @@ def _engine(engine: Mapping[str, Any]) -> str:
     version = engine.get("version")
     name = str(engine.get("name", "unknown engine"))
     if isinstance(version, Mapping):
-        version = next((value for key, value in version.items() if key != "system"), None)
+        # An engine names its own version and those of what it stands on.
+        version = version.get(name) or version.get(_PACKAGES.get(name, ""))
     return f"{name} {version}" if version else name
 
 

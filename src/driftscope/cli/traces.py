@@ -89,6 +89,10 @@ def compare(
     max_nmse: Annotated[
         float | None, typer.Option(help="exit 1 where a tap's NMSE is above it; without it any NMSE holds")
     ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="the model of TRACE_A: also split each layer's error by its origin")
+    ] = None,
+    threads: Threads = ALL_CORES,
     as_json: AsJson = False,
 ) -> None:
     """Compare traces of the same tokens op by op; of three or more, name the odd one out.
@@ -103,6 +107,8 @@ def compare(
     traces = {name: Trace(folder) for name, folder in _names([a, *others]).items()}
     with progress_bar("comparing", visible=not as_json) as advance:
         found = compare_traces(traces, layers=_layers(layers), progress=advance)
+    if weights is not None and found["admissibility"]["admissible"]:
+        found["propagation"] = _propagated(traces, open_any(weights), _layers(layers), threads, not as_json)
     found["holds"] = _holds(found, max_nmse)
     if as_json:
         print_json(found)
@@ -306,6 +312,25 @@ def _arithmetic(text: str, kv_type: str) -> Arithmetic | None:
     if text not in ("f32", "int8-dot"):
         raise InputError(f"--arithmetic {text}: expected declared, guess, f32, int8-dot, bf16 or f16")
     return Arithmetic.of(text, kv_type=kv_type or "f32")
+
+
+def _propagated(
+    traces: dict[str, Trace], artifact: Any, layers: list[int] | None, threads: int, visible: bool
+) -> list[dict[str, Any]]:
+    """How the error of each trace against the first travels, without first tokens where there are others."""
+    from driftscope.analysis.propagation import by_layer, propagation
+
+    (a, reference), *others = traces.items()
+    longer = any(len(ids) > 1 for _, ids in reference.manifest.prompts)
+    found = []
+    for b, trace in others:
+        with progress_bar("splitting the error", visible=visible) as advance:
+            rows = propagation(
+                reference, trace, artifact, pair=f"{a}|{b}", layers=layers, threads=threads, progress=advance
+            )
+        scope = "all-but-first" if longer else "all"
+        found.append({"a": a, "b": b, "scope": scope, "steps": list(by_layer(rows, scope))})
+    return found
 
 
 def _floors(file: Path | None) -> Any:
