@@ -263,11 +263,6 @@ def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
         engine.logits(tmp_path / "model.gguf", TokenBatch.of([[1]]))
 
 
-def test_an_unknown_kv_type_is_refused() -> None:
-    with pytest.raises(InputError, match="'q4_0' is unknown; expected one of f32, f16, bf16, q8_0"):
-        engine.LlamaCppOptions(kv_type="q4_0")
-
-
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(InputError, match=r"pip install 'driftscope\[llama-cpp\]'"):

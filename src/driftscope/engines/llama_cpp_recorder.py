@@ -115,8 +115,13 @@ class Recorder:
 
         if self._group not in self._groups:
             self._groups.append(self._group)
-        self._pieces.mkdir(exist_ok=True)
-        save_file(named, self._piece(self._group, self._begin))
+        piece = self._piece(self._group, self._begin)
+        try:
+            self._pieces.mkdir(exist_ok=True)
+            save_file(named, piece)
+        except Exception as error:
+            # safetensors reports a full disk as its own error type, without an errno.
+            raise InputError(f"{piece}: cannot be written: {error}") from error
 
     def _complete(self, arrays: dict[Key, F32]) -> dict[Key, F32]:
         """With ``qkv_bias`` where no bias was added, without a ``qkv_matmul`` taken only for that."""
