@@ -10,6 +10,7 @@ import numpy as np
 from driftscope.analysis.capture_points import capture_points
 from driftscope.analysis.first_divergence import ALPHA, Flag, first_divergence, flags
 from driftscope.analysis.floors import Floors
+from driftscope.analysis.skipped_layers import skipped_layers
 from driftscope.artifacts.model import Artifact
 from driftscope.errors import InputError
 from driftscope.forward.arithmetic import Arithmetic
@@ -80,6 +81,9 @@ def diagnose(
         return {**entry, "status": "inadmissible", "reason": reason}
     floors = floors or Floors({})
     flagged = flags(rows, floors, alpha, arithmetic=declared)
+    seen = {(flag.place, flag.prompt) for flag in flagged}
+    skipped = skipped_layers(replayer, rows, floors, alpha, arithmetic=declared)
+    flagged += [flag for flag in skipped if (flag.place, flag.prompt) not in seen]
     captured = capture_points(trace, replayer, flagged, floors)
     tested = {(row["layer"], row["tap"], row["part"]) for row in rows}
     return {

@@ -14,21 +14,24 @@ INJECTIONS: tuple[Injection, ...] = tuple(
 )
 
 TINY_SUBJECTS = (
-    Subject("qwen2"),
-    Subject("qwen2", "Q8_0", "int8-dot"),
-    Subject("qwen2", "Q4_K_M", "int8-dot", regimes=("short", "rows")),
-    Subject("qwen2-window", only=("F19",)),
-    Subject("qwen2-window", "Q4_K_M", "int8-dot", only=("F19",)),
-    Subject("qwen2-scaled", only=("F14",)),
-    Subject("qwen2-scaled", "Q8_0", "int8-dot", only=("F14",)),
-    Subject("qwen2-massive", only=("F25",)),
-    Subject("qwen2-massive", "Q4_1", "f32", "q8_1", only=("F26",)),
+    Subject("qwen2", regimes=("short",)),
+    Subject("qwen2", "Q8_0", "int8-dot", regimes=("short",)),
+    Subject("qwen2", "Q4_K_M", "int8-dot", regimes=("short",)),
+    Subject("qwen2-square", regimes=("long", "rows")),
+    Subject("qwen2-square", "Q8_0", "int8-dot", regimes=("rows",), only=("F21", "F27")),
+    Subject("qwen2-window", regimes=("short", "long"), only=("F19",)),
+    Subject("qwen2-window", "Q4_K_M", "int8-dot", regimes=("long",), only=("F19",)),
+    Subject("qwen2-scaled", regimes=("short", "long"), only=("F14",)),
+    Subject("qwen2-scaled", "Q8_0", "int8-dot", regimes=("short",), only=("F14",)),
+    Subject("qwen2-massive", regimes=("short", "rows"), only=("F25",)),
+    Subject("qwen2-massive", "Q4_1", "f32", "q8_1", regimes=("short", "rows"), only=("F26",)),
 )
 
 DEFAULT_SUBJECTS = (
-    Subject(DEFAULT, regimes=("short", "rows")),
+    Subject(DEFAULT, regimes=("short",)),
     Subject(DEFAULT, "Q4_K_M", "int8-dot", regimes=("short",)),
-    Subject(DEFAULT, regimes=("long",), only=("F15", "F16", "F03", "F28")),
+    Subject(DEFAULT, regimes=("rows",), only=("F27",)),
+    Subject(DEFAULT, regimes=("long",), only=("F15", "F16")),
 )
 
 

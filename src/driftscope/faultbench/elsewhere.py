@@ -67,7 +67,7 @@ class Elsewhere:
             if reason:
                 yield not_run(setting, "not-run", reason)
                 continue
-            source = self._bench.gguf(fault.model, fault.scheme)
+            source = self._bench.file(fault.model, fault.scheme)
             own = self._bench.artifact(fault.model, fault.scheme)
             layer = self._bench.site(Subject(fault.model)).layer
             clean = self._sound("llama.cpp", fault.model, fault.scheme)
@@ -77,28 +77,38 @@ class Elsewhere:
                 yield self._row(setting, fault.first(layer), fault.classes, trace, own, clean)
 
     def torch_trace(
-        self, model: str, fault: TorchFault | None, layer: int, out: Path | None = None, **options: Any
+        self,
+        model: str,
+        fault: TorchFault | None,
+        layer: int,
+        out: Path | None = None,
+        *,
+        regime: str = REGIME,
+        seed: int = 0,
+        **options: Any,
     ) -> Trace:
         """A trace of transformers, patched or not."""
         from driftscope.engines import transformers
 
         chosen = transformers.TransformersOptions(threads=self._threads, **options)
-        source = self._bench.artifact(model)
+        source = self._bench.artifact(model, "F32", seed)
         loaded = transformers.load(
             source.path, threads=self._threads, dtype=chosen.dtype, attention=chosen.attention
         )
         if fault is not None:
             fault.patch(loaded, layer)
-        prompts = self._bench.prompts(model, REGIME)
+        prompts = self._bench.prompts(model, regime, seed)
         return transformers.trace(source.path, prompts, out or self._scratch(), chosen, model=loaded)
 
-    def llama_trace(self, file: Path, model: str, out: Path | None = None, **options: Any) -> Trace:
+    def llama_trace(
+        self, file: Path, model: str, out: Path | None = None, *, regime: str = REGIME, **options: Any
+    ) -> Trace:
         """A trace of llama.cpp."""
         from driftscope.engines import llama_cpp
         from driftscope.engines.llama_cpp_session import LlamaCppOptions
 
         chosen = LlamaCppOptions(threads=self._threads, **options)
-        return llama_cpp.trace(file, self._bench.prompts(model, REGIME), out or self._scratch(), chosen)
+        return llama_cpp.trace(file, self._bench.prompts(model, regime), out or self._scratch(), chosen)
 
     def _scratch(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self._bench.folder))
@@ -108,7 +118,7 @@ class Elsewhere:
         key = (engine, model, scheme)
         if key not in self._clean:
             if engine == "llama.cpp":
-                trace = self.llama_trace(self._bench.gguf(model, scheme), model)
+                trace = self.llama_trace(self._bench.file(model, scheme), model)
             else:
                 trace = self.torch_trace(model, None, 0)
             self._clean[key] = trace.tap(WHOLE_MODEL, "lm_head")
@@ -124,9 +134,9 @@ class Elsewhere:
         clean: Any,
     ) -> Result:
         finding = examine(trace, own, None, self._floors, threads=self._threads)
-        size = effect(finding.rows, spot, "engine", self._floors, trace.manifest.arithmetic)
         kl = kl_nats(clean, trace.tap(WHOLE_MODEL, "lm_head"))
-        return judged(setting, spot, classes, finding, size, kl)
+        size = effect(finding.rows, spot, "engine", self._floors, trace.manifest.arithmetic, kl)
+        return judged(setting, spot, classes, finding, size)
 
 
 def _setting(fault: TorchFault | GgufFault, source: str, model: str, scheme: str, path: str) -> Setting:

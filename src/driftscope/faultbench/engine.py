@@ -623,7 +623,6 @@ INJECTIONS = (
         from_the_start("ffn_out"),
         ("row-count",),
         engine=FewRows,
-        regimes=("rows", "short"),
     ),
     Injection(
         "F28",

@@ -24,6 +24,9 @@ Row = Mapping[str, Any]
 ABOVE = 1e-3
 """An effect is above the floor where a clean op would show it less often than this, looked at alone."""
 
+MATERIAL_KL = 1e-3
+"""Or where it moves the next token's distribution by this much in the mean, nats, whatever the floor says."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -110,15 +113,25 @@ class Effect:
     Attributes:
         over_predicted: largest measured energy over the predicted one, of the whole op, of one token or of
             one channel, over all prompts; None where none was measured, infinite where none was predicted.
-        above_floor: whether a clean op would show as much less often than `ABOVE`.
+        above_floor: whether a clean op would show as much less often than `ABOVE`, or the logits move by
+            `MATERIAL_KL` or more.
+        kl: mean KL(clean || faulty), nats, where it is defined; None where it is nowhere.
+        kl_undefined: positions with a logit that is not finite.
     """
 
     over_predicted: float | None
     above_floor: bool
+    kl: float | None
+    kl_undefined: int
 
 
 def effect(
-    rows: Sequence[Row], spot: Spot, component: str, floors: Floors, arithmetic: Arithmetic | None
+    rows: Sequence[Row],
+    spot: Spot,
+    component: str,
+    floors: Floors,
+    arithmetic: Arithmetic | None,
+    kl: tuple[float | None, int],
 ) -> Effect:
     """The effect of a fault, from the rows of the op that it was put into.
 
@@ -128,6 +141,7 @@ def effect(
         component: ``engine`` or ``model``.
         floors: what is noise.
         arithmetic: what the engine computes in.
+        kl: from `kl_nats`.
     """
     here = [
         row
@@ -136,7 +150,7 @@ def effect(
         and spot.part in ("", row["part"])
     ]
     ratios: list[float] = []
-    above = False
+    above = kl[1] > 0 or (kl[0] is not None and kl[0] >= MATERIAL_KL)
     for row in here:
         scores = [row[key] for key in ("score", "score_token", "score_channel") if row[key] is not None]
         ratios += [10.0 ** min(score, 300.0) for score in scores]
@@ -145,4 +159,4 @@ def effect(
             ratios.append(math.inf)
         tail = floors.tail_probability(row, arithmetic)
         above = above or bool(row["non_finite"]) or tail < ABOVE
-    return Effect(max(ratios, default=None), above)
+    return Effect(max(ratios, default=None), above, *kl)

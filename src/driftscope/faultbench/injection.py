@@ -76,7 +76,7 @@ class Injection:
     artifact: Callable[[Site], Artifact] | None = None
     engine: Callable[[Site], ForwardPass] | None = None
     capture: Callable[[MemoryTrace, Site], MemoryTrace] | None = None
-    regimes: tuple[str, ...] = ("short", "long")
+    regimes: tuple[str, ...] = ("short", "long", "rows")
     models: tuple[str, ...] = ()
 
     @property

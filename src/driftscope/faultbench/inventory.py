@@ -10,10 +10,15 @@ from typing import Any
 from driftscope.analysis.sweep import inventory
 from driftscope.artifacts.complete import check_complete
 from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.names import layer_of
 from driftscope.errors import InputError
 from driftscope.faultbench.edited import without_tensors
 from driftscope.faultbench.injection import Site
+from driftscope.faultbench.result import Setting
 from driftscope.faultbench.weights import tensor
+from driftscope.forward.policy import WHOLE_MODEL
+
+CLASS = "missing-tensor"
 
 
 @dataclass(frozen=True)
@@ -84,3 +89,46 @@ def look(site: Site, faulty: Artifact) -> dict[str, Any]:
         "compared": coverage["compared"],
         "refused": refused,
     }
+
+
+def row(setting: Setting, fault: InventoryFault, site: Site) -> dict[str, Any]:
+    """The row of a lost tensor; found are the first name that is missing, and why nothing is run."""
+    lost, found = fault.lost(site), look(site, fault.artifact(site))
+    named = set(found["missing"]) == lost
+    first = min(lost)
+    statement = f"{found['compared']} of {found['expected']} tensors can be compared; {found['refused']}"
+    return {
+        **setting.to_dict(),
+        "status": "run",
+        "reason": "",
+        "expected": {"layer": _layer_of(first), "tap": first, "part": "", "class": CLASS, "also": []},
+        "effect": {
+            "kl": None,
+            "kl_undefined": 0,
+            "over_predicted": None,
+            "unpredicted": True,
+            "above_floor": True,
+        },
+        "detected": bool(found["missing"]) and found["compared"] < found["expected"],
+        "layer_right": named,
+        "op_right": named,
+        "class_right": named and found["refused"] is not None,
+        "found": {
+            "layer": _layer_of(first),
+            "tap": min(found["missing"], default=None),
+            "part": "",
+            "component": "model",
+            "statistic": "coverage",
+            "p_value": 0.0,
+            "class": CLASS if found["missing"] else None,
+            "statement": statement,
+            "prompt": "",
+        },
+        "flags": len(found["missing"]),
+        "capture_points": [],
+    }
+
+
+def _layer_of(name: str) -> int:
+    layer = layer_of(name)
+    return WHOLE_MODEL if layer is None else layer

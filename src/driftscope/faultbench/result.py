@@ -62,7 +62,6 @@ def judged(
     classes: Sequence[str],
     finding: Finding,
     effect: Effect,
-    kl: tuple[float | None, int],
 ) -> dict[str, Any]:
     """A row of a fault that was run and looked for in a replayed trace."""
     first = finding.first
@@ -86,8 +85,8 @@ def judged(
         "reason": "",
         "expected": {**vars(expected), "class": classes[0], "also": list(classes[1:])},
         "effect": {
-            "kl": _figure(kl[0]),
-            "kl_undefined": kl[1],
+            "kl": _figure(effect.kl),
+            "kl_undefined": effect.kl_undefined,
             "over_predicted": _figure(effect.over_predicted),
             "unpredicted": effect.over_predicted is not None and math.isinf(effect.over_predicted),
             "above_floor": effect.above_floor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from driftscope.analysis.floors import Floors
 from driftscope.artifacts.model import Artifact
 from driftscope.faultbench.catalogue import INJECTIONS, injection, why_not
-from driftscope.faultbench.examine import Effect, effect, examine, kl_nats
+from driftscope.faultbench.examine import effect, examine, kl_nats
 from driftscope.faultbench.injection import Injection, Site
 from driftscope.faultbench.result import Setting, judged, not_run
 from driftscope.faultbench.subjects import Subject, Workbench
@@ -104,11 +105,11 @@ class Runner:
         finding = examine(trace, own, reference, self._floors, threads=self._threads)
         component = "model" if way == "model" else "engine"
         spot = item.first(site)
-        size = effect(finding.rows, spot, component, self._floors, unit.subject.arithmetic)
+        size = effect(finding.rows, spot, component, self._floors, unit.subject.arithmetic, kl)
         if way == "capture":
             # It is no error of the computation; the tap is wrong by as much as its consumers are.
-            size = Effect(size.over_predicted, True)
-        return judged(setting(unit, item, way), spot, item.classes, finding, size, kl)
+            size = dataclasses.replace(size, above_floor=True)
+        return judged(setting(unit, item, way), spot, item.classes, finding, size)
 
 
 def setting(unit: Unit, item: Injection, way: str) -> Setting:

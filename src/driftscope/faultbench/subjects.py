@@ -155,10 +155,12 @@ class Workbench:
             )
         elif scheme == "F32":
             return open_artifact(write_tiny(self.folder / f"{model}-{seed}", model, seed=seed))
-        return open_artifact(self.gguf(model, scheme, seed))
+        return open_artifact(self.file(model, scheme, seed))
 
-    def gguf(self, model: str, scheme: str, seed: int = 0) -> Path:
-        """A model as a GGUF file of a scheme (``F32`` included)."""
+    def file(self, model: str, scheme: str, seed: int = 0) -> Path:
+        """A model as a GGUF file of a scheme, ``F32`` included."""
+        if model == DEFAULT and scheme == "Q4_K_M" and self._candidate is not None:
+            return self._candidate.path
         file = self.folder / f"{model}-{seed}-{scheme}.gguf"
         if not file.is_file():
             write_candidate(self.artifact(model, "F32", seed), file, scheme=scheme)

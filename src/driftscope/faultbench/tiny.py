@@ -39,6 +39,8 @@ _QWEN2: dict[str, Any] = {
 }
 """Seven query heads to a key head, as in Qwen2.5-7B; every row is a whole number of 256-value blocks."""
 
+_SQUARE: dict[str, Any] = {"hidden_size": 448, "head_dim": 32, "num_hidden_layers": 3}
+
 WINDOW = 48
 
 _LLAMA3 = {
