@@ -119,6 +119,10 @@ def test_engine_and_arithmetic_are_put_in_words() -> None:
     arithmetic = {"path": "int8-dot", "activation": "q8_0", "kv_type": "f16", "dtype": "bf16"}
     path = of_paths(replays.replayed("candidate.llama.cpp", arithmetic=arithmetic))["paths"][0]
     assert path["engine"] == "llama.cpp 1.2"
+    built = {"name": "llama.cpp", "version": {"llama-cpp-python": "0.3.36", "system": "CPU : " + "AVX " * 9}}
+    path = of_paths(replays.replayed("candidate.llama.cpp", engine=built))["paths"][0]
+    assert path["engine"] == "llama.cpp (llama-cpp-python 0.3.36)"
+    path = of_paths(replays.replayed("candidate.llama.cpp", arithmetic=arithmetic))["paths"][0]
     assert path["arithmetic"] == "int8-dot, activations q8_0, keys and values f16, every output bf16"
 
 

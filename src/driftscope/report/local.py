@@ -152,10 +152,15 @@ def _path(item: Mapping[str, Any], compared: Sequence[str]) -> dict[str, Any]:
 
 
 def _engine(engine: Any) -> str | None:
-    """Return an engine as its name and version."""
-    if isinstance(engine, Mapping):
-        return " ".join(str(engine[key]) for key in ("name", "version") if engine.get(key)) or None
-    return None if engine is None else str(engine)
+    """Return an engine as its name and version, or the versions of its packages."""
+    if not isinstance(engine, Mapping):
+        return None if engine is None else str(engine)
+    name, version = str(engine.get("name") or "unknown"), engine.get("version")
+    if not isinstance(version, Mapping):
+        return f"{name} {version}" if version else name
+    # Build flags stand in the trace's manifest; they would fill the page.
+    packages = [f"{key} {value}" for key, value in version.items() if len(str(value)) <= 24]
+    return f"{name} ({', '.join(packages)})" if packages else name
 
 
 def _arithmetic(arithmetic: Any) -> str | None:

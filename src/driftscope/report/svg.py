@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 _NAMESPACE = "http://www.w3.org/2000/svg"
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
+_DECIMALS = re.compile(r"-?\d+\.\d{3,}")
+_GEOMETRY = ("d", "transform", "x", "y", "width", "height", "x1", "x2", "y1", "y2")
 _DROPPED = ("role", "aria-roledescription", "aria-hidden", "font-family", "version", "class")
 
 
@@ -71,6 +73,10 @@ def _plain_attributes(element: ET.Element) -> None:
     marked = element.get("aria-roledescription", "").endswith("mark")
     for name in _DROPPED:
         element.attrib.pop(name, None)
+    for name in _GEOMETRY:
+        if name in element.attrib:
+            # A hundredth of a pixel is not seen; the digits behind it are a third of a page.
+            element.set(name, _DECIMALS.sub(lambda match: f"{float(match[0]):.2f}", element.attrib[name]))
     if label and marked:
         tooltip = ET.SubElement(element, f"{{{_NAMESPACE}}}title")
         tooltip.text = label
