@@ -67,6 +67,7 @@ def test_a_faulty_engine(models: dict[str, Artifact], tmp_path: Path) -> None:
     assert first["class"] == "gate-up-swapped"
     assert first["statement"]
     assert {(flag["layer"], flag["tap"]) for flag in found["flagged"]} == {(1, "ffn_gate"), (1, "ffn_up")}
+    assert found["fits_better"] is None
 
 
 def test_faulty_weights(models: dict[str, Artifact], tmp_path: Path) -> None:
@@ -101,6 +102,14 @@ def test_another_engine(models: dict[str, Artifact], tmp_path: Path) -> None:
     found = diagnose(trace, models["teacher"])
     assert found["engine"]["name"] == "transformers"
     assert found["first"] is None
+
+
+def test_the_wrong_arithmetic_is_told(models: dict[str, Artifact], clean: Trace) -> None:
+    """Every matmul is off, and one arithmetic explains them all."""
+    found = diagnose(clean, models["candidate"], arithmetic=Arithmetic.of())
+    assert found["first"]["tap"] == "qkv_matmul"
+    assert found["fits_better"]["arithmetic"] == clean.manifest.arithmetic.to_dict()  # type: ignore[union-attr]
+    assert diagnose(clean, models["candidate"])["fits_better"] is None
 
 
 def test_rows_that_are_there_are_used(models: dict[str, Artifact], clean: Trace) -> None:

@@ -112,7 +112,7 @@ def test_the_ratio_does_not_depend_on_order_or_scale() -> None:
             [[0, 1, 500, 500], [1, 0, 500, 500], [500, 500, 0, 1], [500, 500, 1, 0]],
             ("split", [], [[0, 1], [2, 3]]),
         ),
-        ([[0, 0, 0], [0, 0, 0], [0, 0, 0]], ("alike", [], [])),
+        ([[0, 0, 0], [0, 0, 0], [0, 0, 0]], ("equal", [], [])),
         # Two that are the same bit for bit are one, and two are no jury.
         ([[0, 0, 500], [0, 0, 500], [500, 500, 0]], ("too-few", [], [])),
         (
@@ -136,7 +136,7 @@ def test_the_floor_stands_for_what_is_usual(apart: float, status: str) -> None:
 def test_clean_sources_have_no_odd_one_out(clean: dict[str, Trace]) -> None:
     found = vote(clean)
     assert found["odd"] == []
-    assert found["conclusion"] == "no odd one out: the 3 sources differ alike at all 54 ops"
+    assert found["conclusion"].startswith("no odd one out: the sources differ alike at")
     json.dumps(found, allow_nan=False)
 
 
@@ -158,7 +158,7 @@ def test_two_runs_of_one_program_are_no_jury(
 ) -> None:
     """Before its fault the faulty run is the clean one, bit for bit; the third program is not odd there."""
     found = vote({"a": clean["ours"], "b": recorded(Louder, model, tmp_path), "c": clean["double"]})
-    assert {op["status"] for op in found["ops"] if op["layer"] == 0} <= {"too-few", "alike"}
+    assert {op["status"] for op in found["ops"] if op["layer"] == 0} <= {"too-few", "equal"}
     assert [(odd["source"], odd["layer"], odd["tap"]) for odd in found["odd"]] == [("b", 1, "ffn_gate")]
     same = vote({"a": clean["ours"], "b": clean["ours"], "c": clean["double"]})
     assert same["conclusion"].startswith("no vote: fewer than three of the sources differ")

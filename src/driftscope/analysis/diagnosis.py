@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from driftscope.analysis.capture_points import capture_points
 from driftscope.analysis.first_divergence import ALPHA, Flag, first_divergence, flags
-from driftscope.analysis.floors import Floors
+from driftscope.analysis.floors import OP_KINDS, Floors
 from driftscope.analysis.skipped_layers import skipped_layers
 from driftscope.artifacts.model import Artifact
 from driftscope.errors import InputError
@@ -56,7 +56,8 @@ def diagnose(
 
     Returns:
         Plain values: ``status`` (``done`` or ``inadmissible`` with a ``reason``), ``tested`` (ops),
-        ``flagged``, ``first`` with its class and statement, ``capture_points``, ``map`` (local errors by op).
+        ``flagged``, ``first`` with its class and statement, ``capture_points``, ``map`` (local errors by op),
+        ``fits_better`` (another arithmetic, where most matmuls are flagged and it explains them, else None).
     """
     entry = {
         "path": path or trace.name,
@@ -92,6 +93,7 @@ def diagnose(
         "flagged": [_short(flag) for flag in captured.remaining],
         "first": _first(captured.remaining, rows, replayer, trace, own, reference, declared, threads),
         "capture_points": captured.findings,
+        "fits_better": _fits_better(captured.remaining, tested, trace, own, declared, threads),
         "map": local_map(rows),
     }
 
@@ -177,6 +179,27 @@ def _median(values: Sequence[float]) -> float | None:
 def _short(flag: Flag) -> dict[str, Any]:
     keys = ("layer", "tap", "part", "component", "p_value", "nmse", "predicted_nmse", "prompt", "position")
     return {key: getattr(flag, key) for key in keys}
+
+
+def _fits_better(
+    flagged: Sequence[Flag],
+    tested: Collection[tuple[int, str, str]],
+    trace: Trace,
+    own: Artifact,
+    declared: Arithmetic | None,
+    threads: int,
+) -> dict[str, Any] | None:
+    """What the engine computed in, where it is not what it is taken to have computed in."""
+    from driftscope.analysis.arithmetic_guess import guess_arithmetic
+
+    matmuls = {place for place in tested if OP_KINDS[place[1]] == "matmul"}
+    off = {flag.place for flag in flagged if flag.component == "engine"} & matmuls
+    if not matmuls or 2 * len(off) < len(matmuls):
+        return None
+    guess = guess_arithmetic(trace, own, threads=threads)
+    if guess.products.status != "decided" or guess.arithmetic == (declared or Arithmetic.of()):
+        return None
+    return guess.to_dict()
 
 
 def _first(

@@ -166,12 +166,13 @@ def judge(matrix: F64, floor: float) -> tuple[str, list[int], list[list[int]]]:
         floor: least usual distance.
 
     Returns:
-        ``odd``, ``alike``, ``split`` or, where fewer than three sources differ at all, ``too-few``; the odd
-        sources, fewer than half of them; groups of sources that agree where it is ``split``.
+        ``odd``, ``alike``, ``split``, ``too-few`` where only two of the sources differ, or ``equal`` where
+        none does; the odd sources, fewer than half of them; groups of sources that agree where it is
+        ``split``.
     """
     distinct = _groups(matrix == 0)
     if len(distinct) < 3:
-        return "too-few" if len(distinct) == 2 else "alike", [], []
+        return "too-few" if len(distinct) == 2 else "equal", [], []
     first = [group[0] for group in distinct]
     cut = matrix[np.ix_(first, first)]
     odd = [i for i, ratio in enumerate(ratios(cut, floor)) if ratio >= THRESHOLD]
@@ -365,12 +366,11 @@ def _conclusion(
             parts.append(
                 f"undecided: from {tap_name(*_place(split))} on the sources fall into {groups}, none alone"
             )
-        elif all(op["status"] in ("alike", "too-few") for op in ops) and any(
-            op["status"] == "too-few" for op in ops
-        ):
-            parts.append("no vote: fewer than three of the sources differ from each other at all")
+        elif alike := sum(op["status"] == "alike" for op in ops):
+            rest = "" if alike == len(ops) else f"; at the other {len(ops) - alike} fewer than three differ"
+            parts.append(f"no odd one out: the sources differ alike at {alike} of {len(ops)} ops{rest}")
         else:
-            parts.append(f"no odd one out: the {len(names)} sources differ alike at all {len(ops)} ops")
+            parts.append("no vote: fewer than three of the sources differ from each other at all")
     for item in local or ():
         where = tap_name(item["layer"], item["tap"]) + (f".{item['part']}" if item["part"] else "")
         parts.append(

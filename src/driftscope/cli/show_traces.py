@@ -26,6 +26,8 @@ _SHOWN = {
 
 _PACKAGES = {"llama.cpp": "llama-cpp-python"}
 
+_MOST_POINTS = 4
+
 _MATMULS = ("qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "lm_head")
 
 FLOOR = 1e-12
@@ -98,8 +100,13 @@ def print_diagnosis(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
     _rows_table(console, rows, found["flagged"], limit)
     _line(console, _price(found["map"]))
     tested = f"{_count(found['tested'], 'op')} in {_count(found['prompts'], 'prompt')}"
-    for item in found["capture_points"]:
+    for item in found["capture_points"][:_MOST_POINTS]:
         _line(console, f"capture point: {item['statement']}", "yellow")
+    if (more := len(found["capture_points"]) - _MOST_POINTS) > 0:
+        _line(console, f"capture point: … and {more} more", "yellow")
+    if found["fits_better"]:
+        what = found["fits_better"]["statement"]
+        _line(console, f"another arithmetic fits: {what}; try --arithmetic guess", "bold yellow")
     first = found["first"]
     if first is None:
         note = ", but for what was captured elsewhere" if found["capture_points"] else ""
