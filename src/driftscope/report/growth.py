@@ -28,9 +28,9 @@ def parts_domain(groups: Sequence[Steps]) -> tuple[int, int] | None:
     return min(max(math.floor(math.log10(min(found))), high - 10), high - 1), high
 
 
-def gain_domain(groups: Sequence[Steps]) -> tuple[int, int]:
+def gain_domain(steps: Steps) -> tuple[int, int]:
     """Return the powers of two around every gain and one."""
-    found = [step["gain"] for steps in groups for step in _layers(steps) if step["gain"]]
+    found = [step["gain"] for step in _layers(steps) if step["gain"]]
     low, high = min([0.5, *found]), max([2.0, *found])
     return math.floor(math.log2(low)), math.ceil(math.log2(high))
 

@@ -61,7 +61,7 @@ def growth_view(divergence: Mapping[str, Any]) -> list[dict[str, Any]]:
         sorted(propagation["pairs"], key=lambda pair: not _is_of(pair["pair"], main))
     ):
         groups = {"steps": pair["steps"], "first_token": pair["first_token"]}
-        parts, gains = growth.parts_domain(list(groups.values())), growth.gain_domain(list(groups.values()))
+        parts = growth.parts_domain(list(groups.values()))
         pictures = []
         for name, steps in groups.items():
             if not parts or not any(step["layer"] >= 0 for step in steps):
@@ -79,14 +79,16 @@ def growth_view(divergence: Mapping[str, Any]) -> list[dict[str, Any]]:
                         f"Energies {about}; most is injected at {place_words(pair['most_injected'])}.",
                     ),
                     "gain": _svg(
-                        growth.gain_chart(steps, gains),
+                        growth.gain_chart(steps, growth.gain_domain(steps)),
                         f"{identity}-gain",
                         "Gain",
                         f"Gain {about}; largest at {place_words(pair['largest_gain'])}.",
                     ),
                 }
             )
-        views.append({"pair": pair, "pictures": pictures, "rows": _growth_rows(pair)})
+        gains = [step for step in pair["first_token"] if step["layer"] >= 0 and step["gain"]]
+        top = max(gains, key=lambda step: step["gain"], default=None)
+        views.append({"pair": pair, "pictures": pictures, "rows": _growth_rows(pair), "first_gain": top})
     return views
 
 
