@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -95,8 +93,14 @@ def peak(way: str, arguments: argparse.Namespace, options: LlamaCppOptions) -> f
     command = [sys.executable, __file__, str(arguments.model), "--way", way]
     command += [f"--{name}={getattr(arguments, name)}" for name in ("tokens", "threads", "batch")]
     command += ["--flash"] * options.flash_attention
-    found = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ})
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(found.stdout)
+
+
+def _peak_mib() -> float:
+    # Not getrusage's figure: a process inherits that of the one that started it.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def main() -> None:
@@ -116,7 +120,7 @@ def main() -> None:
     with ExitStack() as stack:
         if arguments.way is not None:
             Way(arguments.way, arguments.model, options, arguments.tokens, stack).run()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            print(_peak_mib())
             return
         ways = {way: Way(way, arguments.model, options, arguments.tokens, stack) for way in WAYS}
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
