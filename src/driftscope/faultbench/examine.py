@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,7 @@ def examine(
     floors: Floors,
     *,
     arithmetic: Arithmetic | None = None,
+    layers: Iterable[int] | None = None,
     threads: int = 1,
 ) -> Finding:
     """Replay a trace and judge it.
@@ -81,6 +82,7 @@ def examine(
         reference: the model that holds the truth, or None to judge the engine alone.
         floors: what is noise.
         arithmetic: what the engine is taken to compute in; None for what the trace declares.
+        layers: replay these alone, of which -1 is the embedding and the head; None for all.
         threads: the result does not depend on it.
     """
     declared = arithmetic or trace.manifest.arithmetic
@@ -88,7 +90,7 @@ def examine(
     replayer = Replayer(
         trace, own, reference=reference, arithmetic=declared, components=components, threads=threads
     )
-    rows = replayer.rows()
+    rows = replayer.rows(layers)
     entry = diagnose(trace, own, reference, declared, floors, threads=threads, rows=rows)
     return Finding(rows, entry)
 

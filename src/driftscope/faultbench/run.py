@@ -13,9 +13,10 @@ from driftscope.faultbench.catalogue import INJECTIONS, injection, why_not
 from driftscope.faultbench.examine import effect, examine, kl_nats
 from driftscope.faultbench.injection import Injection, Site
 from driftscope.faultbench.result import Setting, judged, not_run
-from driftscope.faultbench.subjects import Subject, Workbench
+from driftscope.faultbench.subjects import DEFAULT, Subject, Workbench
 from driftscope.faultbench.trace_in_memory import MemoryTrace, record
 from driftscope.forward.model import ForwardPass
+from driftscope.forward.policy import WHOLE_MODEL
 
 Result = dict[str, Any]
 
@@ -102,7 +103,8 @@ class Runner:
         kl: tuple[float | None, int],
     ) -> Result:
         own, reference = (faulty, site.teacher) if way == "model" else (site.artifact, None)
-        finding = examine(trace, own, reference, self._floors, threads=self._threads)
+        layers = _layers(unit.subject, site)
+        finding = examine(trace, own, reference, self._floors, layers=layers, threads=self._threads)
         component = "model" if way == "model" else "engine"
         spot = item.first(site)
         size = effect(finding.rows, spot, component, self._floors, unit.subject.arithmetic, kl)
@@ -127,6 +129,14 @@ def setting(unit: Unit, item: Injection, way: str) -> Setting:
         path=subject.path,
         regime=unit.regime,
     )
+
+
+def _layers(subject: Subject, site: Site) -> list[int] | None:
+    """Layers that are replayed: of the default model only those up to two behind the fault, and the head.
+
+    What comes later cannot be the first divergence. Every layer of the clean pairs is replayed.
+    """
+    return [*range(site.layer + 3), WHOLE_MODEL] if subject.model == DEFAULT else None
 
 
 def _ways(item: Injection) -> tuple[str, ...]:

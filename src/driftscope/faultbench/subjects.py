@@ -46,6 +46,9 @@ _TEXT = (
 """Read by models that have a tokenizer."""
 
 
+_DEEPEST = 3
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model in a format, run along a path.
@@ -116,10 +119,11 @@ class Workbench:
         return self._open[key]
 
     def site(self, subject: Subject) -> Site:
-        """A subject as injections see it; faults of one layer sit in its second quarter."""
+        """A subject as injections see it; faults of one layer sit in an early one, but not in the first."""
         teacher = self.artifact(subject.model, "F32", subject.seed)
         artifact = self.artifact(subject.model, subject.scheme, subject.seed)
-        return Site(artifact, teacher, subject.arithmetic, max(1, teacher.config.num_layers // 4))
+        layer = min(_DEEPEST, max(1, teacher.config.num_layers // 4))
+        return Site(artifact, teacher, subject.arithmetic, layer)
 
     def prompts(self, model: str, regime: str, seed: int = 0) -> list[tuple[str, tuple[int, ...]]]:
         """Prompts of a regime: words for a model with a tokenizer, else random tokens."""
