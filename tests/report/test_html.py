@@ -235,7 +235,8 @@ def replayed_case(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def at_fault() -> str:
-    return render_html(replayed_case(paths=[replays.faulty(), replays.NOT_INSTALLED]))
+    faulty = {**replays.faulty(), "fits_better": replays.guess()}
+    return render_html(replayed_case(paths=[faulty, replays.NOT_INSTALLED]))
 
 
 def test_the_first_divergence_is_named_outlined_and_drawn_beside_the_propagated_error(at_fault: str) -> None:
@@ -244,6 +245,7 @@ def test_the_first_divergence_is_named_outlined_and_drawn_beside_the_propagated_
     assert text.index("first divergence") < text.index("Propagated error")
     assert "layer 1, q_post_rope on candidate llama.cpp" in text
     assert "rope-pairing" in text
+    assert "explains this path better: Integer products" in text
     assert "recorded − declared: the op in the arithmetic that the trace declares" in text
     strokes = [attributes.get("stroke") for tag, attributes in page.tags if tag == "path"]
     assert strokes.count(OUTLINE[0]) == 5

@@ -243,6 +243,12 @@ def test_a_first_divergence_of_the_class_capture_point_is_none(evidence: Any) ->
     assert verdict["class"] == "expected-quantization-noise"
 
 
+def test_an_arithmetic_that_explains_a_flagged_path_better_is_named(evidence: Any) -> None:
+    entry = {**replays.faulty(tap="ffn_up"), "fits_better": replays.guess()}
+    reasons = " ".join(replay(evidence, entry)["reasons"])
+    assert "explains candidate.llama.cpp better: Integer products with q8_K activations" in reasons
+
+
 def test_a_teachers_path_at_fault_is_named(evidence: Any) -> None:
     verdict = replay(evidence, replays.faulty("teacher.f32"))
     assert verdict["class"] == "bug"

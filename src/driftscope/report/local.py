@@ -144,11 +144,20 @@ def _path(item: Mapping[str, Any], compared: Sequence[str]) -> dict[str, Any]:
             }
             for point in points
         ],
+        "fits_better": _better(_section(item.get("fits_better"))),
         "pair": next(
             (pair for pair in sorted(compared, key=_by_reference) if pair.endswith(f"|{name}")), None
         ),
         "map": _map(_objects(item.get("map"), f"{name}: map")),
     }
+
+
+def _better(guess: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what explains a path better that is flagged at most of its matmuls, else None."""
+    if guess is None:
+        return None
+    arithmetic, statement = _arithmetic(guess.get("arithmetic")), str(guess.get("statement") or "")
+    return {"arithmetic": arithmetic, "statement": statement}
 
 
 def _engine(engine: Any) -> str | None:
@@ -256,7 +265,7 @@ def _fault(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         for other, there in found
         if other["path"] not in same
     ]
-    whose = {key: path[key] for key in ("path", "engine", "own")}
+    whose = {key: path[key] for key in ("path", "engine", "own", "fits_better")}
     return {**whose, **fault, "paths": same, "elsewhere": elsewhere}
 
 

@@ -154,6 +154,9 @@ def _fault_reasons(fault: Section) -> list[str]:
     reasons = [f"{fault['path']} at {at}: {whose}{chance}. Class: {fault['class']}"]
     if fault["statement"]:
         reasons.append(fault["statement"].rstrip("."))
+    if better := fault["fits_better"]:
+        said = better["statement"].rstrip(".") or better["arithmetic"]
+        reasons.append(f"Another arithmetic than the declared one explains {fault['path']} better: {said}")
     if others := [path for path in fault["paths"] if path != fault["path"]]:
         reasons.append(f"The same op is flagged on {listed(others, 5)}")
     reasons += [
