@@ -259,7 +259,7 @@ def _declared(name: str, trace: Trace) -> dict[str, Any]:
     return {
         "name": name,
         "engine": str(manifest.engine.get("name", "unknown")),
-        "model": manifest.model.get("sha256") or manifest.model.get("file"),
+        "model": manifest.model.get("sha256"),
         "arithmetic": None if manifest.arithmetic is None else manifest.arithmetic.to_dict(),
     }
 
@@ -353,7 +353,8 @@ def _conclusion(
             if item["non_finite"]
             else f"{item['ratio']:.3g} times as far from the nearest as is usual among the others"
         )
-        where = f"from {tap_name(*_place(item))} on ({how}; at {item['ops']} of {len(ops)} ops)"
+        after = round(item["ops"] / item["share_from_there"])
+        where = f"from {tap_name(*_place(item))} on ({how}; at {item['ops']} of the {after} ops from there)"
         if item["declares_alone"]:
             alone = " and ".join(item["declares_alone"])
             parts.append(f"{item['source']} is apart {where}; it alone declares its {alone}")
