@@ -1,4 +1,4 @@
-"""From two artifacts to a report: fetch, derive, sweep, trace, falsify, judge, decompose, report."""
+"""From two artifacts to a report: fetch, derive, sweep, trace, replay, falsify, judge, decompose, report."""
 
 from snakemake.utils import min_version
 
@@ -16,9 +16,11 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/sweep.smk"
 include: "workflow/rules/trace.smk"
+include: "workflow/rules/replay.smk"
 include: "workflow/rules/decompose.smk"
 include: "workflow/rules/falsify.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/faultbench.smk"
 
 
 rule all:

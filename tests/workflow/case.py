@@ -38,6 +38,7 @@ CONFIG: dict[str, Any] = {
     "sweep": {"shards": 2},
     "trace": {
         "chunks": 2,
+        "engines": ["llama.cpp", "transformers"],
         "prompts": [
             {"id": "short", "text": "Two and two"},
             {"id": "long", "text": "A longer line of text."},

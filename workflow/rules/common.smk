@@ -1,9 +1,10 @@
+import json
 import os
 import sys
 from pathlib import Path
 from shlex import quote
 
-from driftscope.config import PAIRS, PATHS
+from driftscope.config import ENGINE_PAIRS, PAIRS, PATHS
 from driftscope.evidence.digest import code_digest, sha256_json
 from driftscope.stages.plan import CasePlan, plan_case
 
@@ -30,10 +31,16 @@ CANDIDATE = f"{RESULTS}/models/{CONFIG.pair.candidate}.json"
 PROMPTS = f"{RESULTS}/prompts.json"
 REPORT = f"results/{CONFIG.name}_report.json"
 ENVIRONMENT = "../envs/driftscope.yaml"
+# Our own paths, and those of the engines that are asked for and installed.
+ENGINE_OF = {path: engine for engine, path in CASE.engines.items()}
+TRACED = [*PATHS, *ENGINE_OF]
+COMPARED = [*PAIRS, *(pair for engine in CASE.engines for pair in ENGINE_PAIRS[engine])]
 
 
 wildcard_constraints:
     path="|".join(PATHS).replace(".", r"\."),
+    traced="|".join(TRACED).replace(".", r"\."),
+    foreign="|".join(ENGINE_OF).replace(".", r"\.") or "none",
     chunk=r"\d+",
     job=r"\d+",
     shard=r"\d+",
@@ -47,6 +54,13 @@ def manifest_of(path):
 def labelled(option, paths, files):
     """Return `--option path=file` for each path."""
     return " ".join(f"--{option} '{path}={file}'" for path, file in zip(paths, files))
+
+
+def arrays_of(path):
+    """Return the files of a trace that change with it: its manifest, and of our own paths the arrays."""
+    chunks = [] if path in ENGINE_OF else range(CONFIG.trace.chunks)
+    taps = [f"{RESULTS}/trace/{path}/taps_{chunk}.safetensors" for chunk in chunks]
+    return [f"{RESULTS}/trace/{path}/trace.json", *taps]
 
 
 def state_before(wildcards):

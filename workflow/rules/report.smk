@@ -7,6 +7,8 @@ rule report:
         rules.weights.output,
         rules.divergence.output,
         rules.admissibility.output,
+        rules.replay.output,
+        rules.propagation.output,
         rules.decompose.output.document,
         rules.impact.output.document,
         rules.fix_scope.output,

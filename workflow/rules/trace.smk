@@ -44,7 +44,8 @@ rule trace:
             chunk=range(CHUNKS),
         ),
     output:
-        update(f"{RESULTS}/trace/{{path}}.parquet"),
+        table=update(f"{RESULTS}/trace/{{path}}.parquet"),
+        manifest=update(f"{RESULTS}/trace/{{path}}/trace.json"),
     log:
         f"{RESULTS}/logs/trace/{{path}}.log",
     benchmark:
@@ -60,15 +61,37 @@ rule trace:
         code=code_digest("trace"),
     shell:
         "driftscope stage trace-join {wildcards.path} {input.chunks} --model {input.model}"
+        " --prompts {input.prompts} --out {output.table} --manifest {output.manifest} 2> {log}"
+
+
+rule engine_trace:
+    input:
+        model=lambda wildcards: manifest_of(wildcards.foreign),
+        prompts=PROMPTS,
+    output:
+        update(f"{RESULTS}/trace/{{foreign}}/trace.json"),
+    log:
+        f"{RESULTS}/logs/trace/{{foreign}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/trace/{{foreign}}.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        engine=lambda wildcards: ENGINE_OF[wildcards.foreign],
+        versions=lambda wildcards: CASE.engine_versions(ENGINE_OF[wildcards.foreign]),
+        code=code_digest("engine"),
+    shell:
+        "driftscope stage engine-trace {params.engine} --model {input.model}"
         " --prompts {input.prompts} --out {output} 2> {log}"
 
 
 rule divergence_chunk:
     input:
-        prompts=PROMPTS,
-        taps=expand(
-            f"{RESULTS}/trace/{{path}}/taps_{{{{chunk}}}}.safetensors", path=PATHS
-        ),
+        *(file for path in TRACED for file in arrays_of(path)),
+        teacher=TEACHER,
     output:
         update(f"{RESULTS}/divergence/chunk_{{chunk}}.parquet"),
     log:
@@ -81,12 +104,15 @@ rule divergence_chunk:
         mem_mb=2000,
         runtime=30,
     params:
-        taps=lambda wildcards, input: labelled("taps", PATHS, input.taps),
-        pairs=" ".join(f"--pair '{reference}|{other}'" for reference, other in PAIRS),
+        traces=labelled(
+            "trace", TRACED, [f"{RESULTS}/trace/{path}/trace.json" for path in TRACED]
+        ),
+        pairs=" ".join(f"--pair '{reference}|{other}'" for reference, other in COMPARED),
+        chunks=CHUNKS,
         code=code_digest("divergence"),
     shell:
-        "driftscope stage divergence --prompts {input.prompts} {params.taps} {params.pairs}"
-        " --out {output} 2> {log}"
+        "driftscope stage divergence --teacher {input.teacher} {params.traces} {params.pairs}"
+        " --part {wildcards.chunk}/{params.chunks} --out {output} 2> {log}"
 
 
 rule divergence:

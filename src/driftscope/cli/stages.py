@@ -134,21 +134,39 @@ def trace_join(
     model: Annotated[Path, typer.Option(help="manifest of the artifact")],
     prompts_file: Prompts,
     out: Out,
+    manifest: Annotated[Path, typer.Option(help="where to describe the kept taps")],
 ) -> None:
     """Join the chunks of a path."""
     from driftscope.stages.trace import join
 
-    join(model, prompts_file, path, chunks, out)
+    join(model, prompts_file, path, chunks, out, manifest)
+
+
+@stage.command()
+def engine_trace(
+    engine: Annotated[str, typer.Argument(help="llama.cpp or transformers")],
+    model: Annotated[Path, typer.Option(help="manifest of the artifact that it runs")],
+    prompts_file: Prompts,
+    out: Out,
+) -> None:
+    """Trace another engine; `--out` is the trace's manifest, and the arrays lie beside it."""
+    from driftscope.stages.engines import run
+
+    run(engine, model, prompts_file, out)
 
 
 @stage.command()
 def divergence(
-    prompts_file: Prompts, taps: Labelled, pair: Annotated[list[str], typer.Option()], out: Out
+    teacher: Teacher,
+    trace: Labelled,
+    pair: Annotated[list[str], typer.Option()],
+    part: Part,
+    out: Out,
 ) -> None:
-    """Compare the kept taps of one chunk between paths."""
+    """Compare the kept taps of one chunk of layers between paths."""
     from driftscope.stages.trace import compare
 
-    compare(prompts_file, labelled(taps), [pair_of(text) for text in pair], out)
+    compare(teacher, labelled(trace), [pair_of(text) for text in pair], *part_of(part), out)
 
 
 @stage.command()
@@ -157,6 +175,84 @@ def divergence_join(chunks: list[Path], out: Out) -> None:
     from driftscope.stages.trace import join_divergence
 
     join_divergence(chunks, out)
+
+
+@stage.command()
+def floors(out: Out) -> None:
+    """Calibrate what a clean op may be off by, on small random models."""
+    from driftscope.stages.replay import floors as calibrate
+
+    with progress_bar("calibrating") as advance:
+        calibrate(out, advance)
+
+
+@stage.command()
+def replay(
+    path: Annotated[str, typer.Argument(help="the traced path, e.g. candidate.int8-dot")],
+    trace: Annotated[Path, typer.Option(help="its trace.json")],
+    own: Annotated[Path, typer.Option(help="manifest of the artifact that the path runs on")],
+    teacher: Teacher,
+    part: Part,
+    out: Out,
+    threads: Threads = 1,
+) -> None:
+    """Recompute every op of one chunk of layers from the inputs that the trace recorded."""
+    from driftscope.stages.replay import chunk
+
+    chunk(path, trace, own, teacher, *part_of(part), out, threads=threads)
+
+
+@stage.command()
+def diagnose(
+    path: str,
+    chunks: list[Path],
+    trace: Annotated[Path, typer.Option(help="the path's trace.json")],
+    own: Annotated[Path, typer.Option(help="manifest of the artifact that the path runs on")],
+    teacher: Teacher,
+    floors: Annotated[Path, typer.Option(help="the calibrated floors")],
+    false_alarm: Annotated[float, typer.Option(help="chance that a clean trace has any op flagged")],
+    table: Annotated[Path, typer.Option(help="where to join the replay's chunks")],
+    out: Out,
+    threads: Threads = 1,
+) -> None:
+    """Say where the error of one path starts, and what it looks like."""
+    from driftscope.stages import replay as stages
+
+    stages.diagnose(path, chunks, trace, own, teacher, floors, false_alarm, table, out, threads=threads)
+
+
+@stage.command()
+def replay_join(
+    documents: list[Path],
+    trace: Labelled,
+    teacher: Teacher,
+    candidate: Candidate,
+    floors: Annotated[Path, typer.Option(help="the calibrated floors")],
+    not_run: Annotated[str, typer.Option(help="JSON list of the engines that were not traced")],
+    out: Out,
+    threads: Threads = 1,
+) -> None:
+    """Join what was found on each path; let the traces vote, and guess the arithmetic of the engines'."""
+    from driftscope.stages import replay as stages
+
+    models = {"teacher": teacher, "candidate": candidate}
+    stages.join(documents, labelled(trace), models, floors, not_run, out, threads=threads)
+
+
+@stage.command()
+def propagation(teacher: Teacher, trace: Labelled, out: Out, threads: Threads = 1) -> None:
+    """Follow the error of one trace through the layers; the reference's trace comes first."""
+    from driftscope.stages.propagation import pair
+
+    pair(teacher, labelled(trace), out, threads=threads)
+
+
+@stage.command()
+def propagation_join(pairs: list[Path], out: Out) -> None:
+    """Join the pairs."""
+    from driftscope.stages.propagation import join
+
+    join(pairs, out)
 
 
 @stage.command()

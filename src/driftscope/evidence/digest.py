@@ -25,7 +25,23 @@ STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
         "stages/arrays.py",
         "stages/trace.py",
     ),
-    "divergence": ("kernels", "forward", "analysis", "evidence", "stages/arrays.py", "stages/trace.py"),
+    "engine": ("artifacts", "forward", "engines", "evidence", "stages/engines.py"),
+    "divergence": (
+        *("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
+        *("stages/arrays.py", "stages/trace.py"),
+    ),
+    "floors": (
+        *("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
+        "stages/replay.py",
+    ),
+    "replay": (
+        *("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
+        "stages/replay.py",
+    ),
+    "propagation": (
+        *("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
+        "stages/propagation.py",
+    ),
     "decompose": (
         *("artifacts", "kernels", "forward", "engines", "analysis", "evidence"),
         *("stages/arrays.py", "stages/decompose.py"),
@@ -33,6 +49,10 @@ STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
     "measure": (
         *("artifacts", "kernels", "forward", "engines", "analysis", "evidence", "falsifiers"),
         "stages/falsify.py",
+    ),
+    "faultbench": (
+        *("artifacts", "kernels", "forward", "engines", "analysis", "evidence", "faultbench"),
+        "stages/faultbench.py",
     ),
     "judge": ("contracts", "report", "evidence", "stages/at_hand.py", "stages/falsify.py"),
     "report": ("report", "evidence", "stages/report.py"),

@@ -103,7 +103,7 @@ DIVERGENCE = {
     "prompt": _text(),
     "layer": _INDEX,
     "tap": _text(),
-    "kind": _text("propagated", "local"),
+    "kind": _text("propagated"),
     "scope": _SCOPE,
     "position": _INDEX,
     "token_count": _COUNT,

@@ -63,9 +63,7 @@ class CasePlan:
     def engines(self) -> dict[str, str]:
         """Return the engines that are traced, with their paths: asked for, installed, and fit for a model."""
         return {
-            engine: ENGINE_PATHS[engine]
-            for engine in self.config.trace.engines
-            if not self._why_not(engine)
+            engine: ENGINE_PATHS[engine] for engine in self.config.trace.engines if not self._why_not(engine)
         }
 
     @property

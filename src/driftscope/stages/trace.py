@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from driftscope.stages.device import device_parameter, take_device
 from driftscope.stages.prompts import prompt_set, slices_of
 
 if TYPE_CHECKING:
-    from driftscope.forward.architecture import Op
+    from driftscope.artifacts.model import ModelConfig
+    from driftscope.engines.trace import Trace
+    from driftscope.forward.architecture import Op, Tap
     from driftscope.forward.model import ForwardPass
 
 
@@ -144,7 +146,7 @@ def chunk(
     if index == count - 1:
         forward.head(hidden, tap=recorder)
     write_arrays({"hidden": hidden}, state_out)
-    write_arrays(recorder.arrays or {"none": np.zeros(0, np.float32)}, taps_out)
+    write_arrays(recorder.arrays, taps_out)
     columns = list(COLUMNS["trace"])
     rows = [{column: row[column] for column in columns} for row in recorder.rows]
     inputs = {path.partition(".")[0]: digest, "prompts": prompts_digest}
@@ -153,62 +155,134 @@ def chunk(
     write_table(frame_of(rows, "trace"), table_out, "trace", header)
 
 
-def join(model: Path, prompts_file: Path, path: str, chunks: Sequence[Path], out: Path) -> None:
-    """Join the chunks of one path into one table, in the order of the pass."""
+def join(
+    model: Path, prompts_file: Path, path: str, chunks: Sequence[Path], out: Path, manifest: Path
+) -> None:
+    """Join the chunks of one path into one table, in the order of the pass.
+
+    Args:
+        model: manifest of the artifact that the path runs on.
+        prompts_file: the encoded prompts.
+        path: ``<role>.<arithmetic>``.
+        chunks: the statistics of each chunk.
+        out: the ``trace`` table of the path.
+        manifest: where to say what the kept taps are, so that their folder is a trace.
+    """
     import polars as pl
 
-    _, digest = open_model(model)
-    _, prompts_digest = prompt_set(prompts_file, "trace")
+    from driftscope import __version__
+    from driftscope.engines.own import policy_of
+    from driftscope.engines.trace import TraceManifest, write_manifest
+    from driftscope.forward.arithmetic import Arithmetic
+
+    artifact, digest = open_model(model)
+    prompts, prompts_digest = prompt_set(prompts_file, "trace")
     frame = pl.concat([read_table(chunk_path, "trace") for chunk_path in chunks])
     inputs = {path.partition(".")[0]: digest, "prompts": prompts_digest}
     write_table(frame, out, "trace", EvidenceHeader.of("trace", inputs, {"path": path}))
+    about = TraceManifest(
+        prompts=tuple((prompt["id"], tuple(prompt["ids"])) for prompt in prompts),
+        engine={"name": "driftscope", "version": __version__, "options": {"path": path}},
+        model={"sha256": digest, "architecture": artifact.config.architecture},
+        arithmetic=Arithmetic(policy_of(path)),
+        capture_points={
+            row["tap"]: row["capture_point"]
+            for row in frame.select("tap", "capture_point").unique(maintain_order=True).iter_rows(named=True)
+        },
+    )
+    files = [chunk_path.name.replace("chunk_", "taps_") for chunk_path in chunks]
+    write_manifest(manifest.parent, about, [str(Path(name).with_suffix(".safetensors")) for name in files])
 
 
 def compare(
-    prompts_file: Path, taps: Sequence[tuple[str, Path]], pairs: Sequence[tuple[str, str]], out: Path
+    teacher: Path,
+    traces: Sequence[tuple[str, Path]],
+    pairs: Sequence[tuple[str, str]],
+    index: int,
+    count: int,
+    out: Path,
 ) -> None:
-    """Compare the kept taps of one chunk between paths: the propagated error.
+    """Compare the kept taps of one chunk of layers between paths: the propagated error.
 
     Args:
-        prompts_file: the encoded prompts.
-        taps: path name and its file of kept taps.
+        teacher: its manifest, for the number of layers.
+        traces: path name and its trace's manifest.
         pairs: the reference path and the other.
+        index: this chunk.
+        count: chunks in all.
         out: the ``divergence`` table of the chunk.
+
+    Raises:
+        InputError: traces of other tokens; a tap that one side keeps and the other neither has nor declares
+            absent; or nothing to compare.
     """
     from driftscope.analysis.divergence import compare_tap
+    from driftscope.engines.trace import RAGGED, Trace
     from driftscope.evidence.schemas import COLUMNS, frame_of
 
-    prompts, prompts_digest = prompt_set(prompts_file, "trace")
-    places = slices_of(prompts)
-    lengths = {prompt: tokens.stop - tokens.start for prompt, tokens in places}
-    files = {path: Arrays(file) for path, file in taps}
+    config = open_model(teacher)[0].config
+    layers = chunk_layers(index, count, config.num_layers)
+    places = [
+        (tap.layer, tap.op.tap) for tap in _taps_of_chunk(config, layers, index == 0, index == count - 1)
+    ]
+    opened = {path: Trace(file.parent) for path, file in traces}
     columns = list(COLUMNS["divergence"])
     rows = []
     for reference, other in pairs:
-        a, b = files[reference], files[other]
-        if a.names != b.names:
-            odd = sorted(set(a.names) ^ set(b.names))
-            raise InputError(f"{a.path} and {b.path}: tap {odd[0]} is kept on one side only")
-        for name in a.names:
-            if name == "none":
+        a, b = opened[reference], opened[other]
+        if a.manifest.prompts != b.manifest.prompts:
+            raise InputError(f"{a.folder} and {b.folder}: the token ids differ; nothing can be compared")
+        ids = [prompt for prompt, _ in a.manifest.prompts]
+        for layer, tap in places:
+            if not _both_have(a, b, layer, tap):
                 continue
-            full, _, prompt = name.rstrip("]").partition("[")
-            layer, tap = _place_of(full)
-            where = [(prompt, slice(0, lengths[prompt]))] if prompt else places
-            for row in compare_tap(a[name], b[name], where):
-                values = {
-                    "pair": f"{reference}|{other}",
-                    "layer": layer,
-                    "tap": tap,
-                    "kind": "propagated",
-                    **row,
-                }
-                rows.append({column: values[column] for column in columns})
+            if tap in RAGGED:
+                compared = [
+                    (one, two, [(prompt, slice(0, one.shape[0]))])
+                    for prompt, one, two in zip(ids, a.ragged(layer, tap), b.ragged(layer, tap), strict=True)
+                ]
+            else:
+                where = list(zip(ids, a.batch.slices, strict=True))
+                compared = [(a.tap(layer, tap), b.tap(layer, tap), where)]
+            for one, two, where in compared:
+                for row in compare_tap(one, two, where):
+                    about = {"pair": f"{reference}|{other}", "layer": layer, "tap": tap, "kind": "propagated"}
+                    values = {**about, **row}
+                    rows.append({column: values[column] for column in columns})
     if not rows:
         raise InputError("no tap is kept, so nothing can be compared; widen trace.keep in the configuration")
-    inputs = {"prompts": prompts_digest, **{path: sha256_file(file) for path, file in taps}}
+    inputs = {path: sha256_file(file) for path, file in traces}
     header = EvidenceHeader.of("divergence", inputs, {"pairs": [list(pair) for pair in pairs]})
     write_table(frame_of(rows, "divergence"), out, "divergence", header)
+
+
+def _taps_of_chunk(config: ModelConfig, layers: range, first: bool, last: bool) -> Iterator[Tap]:
+    """The taps of some layers; the first chunk has the embedding, the last one the head."""
+    from driftscope.forward.architecture import Tap, embedding_op, head_ops, layer_ops
+    from driftscope.forward.policy import WHOLE_MODEL
+
+    if first:
+        yield Tap(WHOLE_MODEL, embedding_op(config))
+    for layer in layers:
+        yield from (Tap(layer, op) for op in layer_ops(config))
+    if last:
+        yield from (Tap(WHOLE_MODEL, op) for op in head_ops(config))
+
+
+def _both_have(a: Trace, b: Trace, layer: int, tap: str) -> bool:
+    """Whether both traces have a tap. One that is on one side only must be declared absent on the other."""
+    from driftscope.forward.architecture import tap_name
+
+    have = a.has(layer, tap), b.has(layer, tap)
+    if have[0] == have[1]:
+        return have[0]
+    without = b if have[0] else a
+    if tap not in without.manifest.absent:
+        raise InputError(
+            f"{a.folder} and {b.folder}: tap {tap_name(layer, tap)} is kept on one side only; "
+            f"{without.folder} does not say why it is absent"
+        )
+    return False
 
 
 def join_divergence(chunks: Sequence[Path], out: Path) -> None:
@@ -244,10 +318,3 @@ def admissibility(
         metadata.append(TraceMetadata.of_rows(path, digests, rows, expected))
     inputs = {"prompts": digest, **{path: sha256_file(file) for path, file in traces}}
     write_json(judge(metadata), out, EvidenceHeader.of("divergence", inputs, {}))
-
-
-def _place_of(full: str) -> tuple[int, str]:
-    if full.startswith("layers."):
-        _, layer, tap = full.split(".", 2)
-        return int(layer), tap
-    return -1, full
