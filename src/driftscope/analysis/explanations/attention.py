@@ -124,7 +124,7 @@ class Attention:
                 scores,
                 weights,
             )
-            if rows.scores is None and rows.q is not None and rows.k is not None and self.level:
+            if rows.scores is None and rows.q is not None and rows.k is not None:
                 rows = replace(rows, scores=self.scores(rows))
             found.append(rows)
         return found
@@ -226,26 +226,52 @@ class Attention:
         parts = [self.case.output(make(rows).astype(np.float32)).astype(np.float64) for rows in self.rows]
         return np.concatenate(parts) if self.level == 2 else [*parts]
 
-    def misfit(self, make: Callable[[Rows], F64]) -> float:
-        """Error energy of the sampled queries."""
+    @cached_property
+    def part(self) -> Rows:
+        """The sampled queries."""
         index, queries = self.sample
         rows = self.rows[index]
-        part = replace(
+        return replace(
             rows,
             queries=rows.queries[queries],
             q=None if rows.q is None else rows.q[queries],
             scores=None if rows.scores is None else rows.scores[queries],
             weights=None if rows.weights is None else rows.weights[queries],
         )
-        found = make(part)
-        if self.level == 2:
-            begin = sum(r.queries.size for r in self.rows[:index])
-            target, mask = self.case.target[begin + queries], self.case.masks[0][begin + queries]
-        else:
-            target, mask = self.case.targets[index][queries], self.case.masks[index][queries]
-        difference = np.where(mask, target - found, 0.0)
+
+    def misfit(self, make: Callable[[Rows], F64]) -> float:
+        """Error energy of the sampled queries."""
+        target, mask, _ = self.sampled
+        difference = np.where(mask, target - make(self.part), 0.0)
         error = float(np.sum(difference * difference))
         return error if np.isfinite(error) else float("inf")
+
+    @cached_property
+    def sampled_before(self) -> float:
+        """Error energy of the sampled queries as they were found."""
+        target, mask, expected = self.sampled
+        return float(np.sum(np.where(mask, target - expected, 0.0) ** 2))
+
+    @cached_property
+    def sampled(self) -> tuple[F64, NDArray[np.bool_], F64]:
+        """What was found of the sampled queries, which values count, and what was expected."""
+        case = self.case
+        index, queries = self.sample
+        if self.level == 2:
+            queries, index = sum(r.queries.size for r in self.rows[:index]) + queries, 0
+        return case.targets[index][queries], case.masks[index][queries], case.expected_values[index][queries]
+
+    def if_near(
+        self,
+        class_: str,
+        what: str,
+        make: Callable[[Rows], F64],
+        complexity: int,
+        evidence: dict[str, Any],
+    ) -> Iterator[Candidate]:
+        """A candidate, where it explains half of the error of the sampled queries."""
+        if self.misfit(make) <= 0.6 * self.sampled_before:
+            yield Candidate(class_, what, self.whole(make), complexity, evidence)
 
     def scores_of(self, rows: Rows) -> F64:
         """Expected scores of some queries."""
@@ -287,10 +313,10 @@ def score_scale(case: Case) -> Iterator[Candidate]:
     }
     for factor, what in named.items():
         if factor > 0 and abs(factor - 1.0) > 1e-6:
-            yield Candidate(
+            yield from attention.if_near(
                 "score-scale",
                 f"the scale of the scores is wrong: {what}",
-                attention.whole(make(factor)),
+                make(factor),
                 1 if factor == fitted else 0,
                 {"ratio": rounded(factor)},
             )
@@ -318,10 +344,10 @@ def soft_cap(case: Case) -> Iterator[Candidate]:
         fitted = caps.least_on_grid(partial(_capped_misfit, attention, make), low, 1e3 * largest)
         for cap, complexity in (*((cap, 0) for cap in caps.CAPS), (fitted, 1)):
             if cap > low:
-                yield Candidate(
+                yield from attention.if_near(
                     "soft-cap",
                     text.format(figure(cap)),
-                    attention.whole(make(cap)),
+                    make(cap),
                     complexity,
                     {"cap": rounded(cap), "largest": rounded(largest)},
                 )
@@ -365,19 +391,19 @@ def head_mapping(case: Case) -> Iterator[Candidate]:
             )
     if 1 < kv < heads:
         for what, make in makers:
-            yield Candidate(
+            yield from attention.if_near(
                 "head-mapping",
                 f"{what} heads are tiled over the query heads instead of repeated",
-                attention.whole(make(tiled)),
+                make(tiled),
                 0,
                 {"mapping": tiled.tolist(), "heads": what},
             )
             best = _best_heads(attention, make)
             if not np.array_equal(best, expected) and not np.array_equal(best, tiled):
-                yield Candidate(
+                yield from attention.if_near(
                     "head-mapping",
                     f"query heads meet the {what} heads {', '.join(map(str, best.tolist()))}",
-                    attention.whole(make(best)),
+                    make(best),
                     3,
                     {"mapping": best.tolist(), "heads": what},
                 )
@@ -387,29 +413,24 @@ def head_mapping(case: Case) -> Iterator[Candidate]:
 def _best_heads(attention: Attention, make: Callable[[I64], Callable[[Rows], F64]]) -> I64:
     """The key or value head of each query head that leaves least, each tried alone."""
     config = attention.config
-    index, _ = attention.sample
-    rows = attention.rows[index]
-    begin = sum(r.queries.size for r in attention.rows[:index])
-    if attention.level == 2:
-        target = attention.case.target[begin : begin + rows.queries.size]
-    else:
-        target = attention.case.targets[index]
+    target, mask, _ = attention.sampled
     errors = []
     for source in range(config.num_kv_heads):
-        found = make(np.full(config.num_heads, source))(rows)
-        difference = np.nan_to_num((target - found) ** 2)
-        errors.append(difference.reshape(rows.queries.size, config.num_heads, -1).sum(axis=(0, 2)))
+        found = make(np.full(config.num_heads, source))(attention.part)
+        difference = np.nan_to_num(np.where(mask, target - found, 0.0) ** 2)
+        errors.append(difference.reshape(len(target), config.num_heads, -1).sum(axis=(0, 2)))
     return np.asarray(np.argmin(np.stack(errors), axis=0), np.int64)
 
 
 def _exchanged_heads(attention: Attention) -> Iterator[Candidate]:
     case, heads = attention.case, attention.config.num_heads
-    distance = np.zeros((heads, heads))
-    for target, expected, mask in zip(case.targets, case.expected_values, case.masks, strict=True):
-        a = np.where(mask, target, 0.0).reshape(target.shape[0], heads, -1)
-        b = np.where(mask, expected, 0.0).reshape(target.shape[0], heads, -1)
-        for head in range(heads):
-            distance[head] += np.sum((a[:, head][:, None] - b) ** 2, axis=(0, 2))
+    found, mask, wanted = attention.sampled
+    target, expected = (
+        np.where(mask, value, 0.0).reshape(len(value), heads, -1) for value in (found, wanted)
+    )
+    distance = np.stack(
+        [np.sum((target[:, head][:, None] - expected) ** 2, axis=(0, 2)) for head in range(heads)]
+    )
     source = np.argmin(distance, axis=1)
     if np.array_equal(source, np.arange(heads)) or np.unique(source).size != heads:
         return
@@ -432,19 +453,19 @@ def score_precision(case: Case) -> Iterator[Candidate]:
     attention = Attention.of(case)
     for dtype in ("f16", "bf16"):
         if attention.reaches_scores:
-            yield Candidate(
+            yield from attention.if_near(
                 "score-precision",
                 f"queries and keys are rounded to {dtype}",
-                attention.whole(partial(_rounded_factors, attention, dtype)),
+                partial(_rounded_factors, attention, dtype),
                 0,
                 {"dtype": dtype, "rounded": "queries and keys"},
             )
         if attention.reaches_scores or attention.reaches_softmax:
             for before in (True, False):
-                yield Candidate(
+                yield from attention.if_near(
                     "score-precision",
                     f"scores are rounded to {dtype} {'before' if before else 'after'} their scale",
-                    attention.whole(partial(_rounded_scores, attention, dtype, before)),
+                    partial(_rounded_scores, attention, dtype, before),
                     0,
                     {"dtype": dtype, "rounded": "scores"},
                 )
@@ -486,10 +507,10 @@ def _rounded_weights(attention: Attention, dtype: str) -> Iterator[Candidate]:
         assert rows.v is not None
         return attention.weigh(rows, rough, v=round_to(rows.v, dtype))
 
-    yield Candidate(
+    yield from attention.if_near(
         "score-precision",
         f"{what} {dtype}",
-        attention.whole(make),
+        make,
         0,
         {"dtype": dtype, "rounded": "softmax"},
     )
@@ -510,36 +531,24 @@ def _summed_in_half(attention: Attention) -> Iterator[Candidate]:
                 total = total + q[:, :, channel][:, :, None] * keys[:, :, channel].T[None]
         return attention.from_scores(rows, total.astype(np.float64) * attention.scale)
 
-    case = attention.case
-    predicted = attention.whole(make)
-    left = case.error(predicted)
-    simulated = _energy_between(case, predicted)
+    _, mask, expected = attention.sampled
+    found = make(attention.part)
+    simulated = float(np.sum(np.nan_to_num(np.where(mask, found - expected, 0.0)) ** 2))
+    left, before = attention.misfit(make), attention.sampled_before
+    signal = float(np.sum(np.where(mask, expected, 0.0) ** 2))
+    evidence = {"dtype": "f16", "rounded": "sums", "error_of_such_sums": rounded(simulated / signal)}
+    yield from attention.if_near("score-precision", "scores are summed in float16", make, 2, evidence)
     # Another order of the sum gives other roundings, of the same size.
-    alike = 0.1 * simulated <= case.before <= 10 * simulated and left <= 4 * (case.before + simulated)
-    small = case.before <= 1e-2 * case.signal
-    evidence = {
-        "dtype": "f16",
-        "rounded": "sums",
-        "error_of_such_sums": rounded(case.nmse(simulated)),
-    }
+    alike = 0.1 * simulated <= before <= 10 * simulated and left <= 4 * (before + simulated)
+    case = attention.case
     yield Candidate(
         "score-precision",
-        "scores are summed in float16",
-        predicted,
-        2,
+        "scores are off by as much as sums in float16 are",
+        [*case.expected_values] if case.ragged else case.expected,
+        3,
         evidence,
-        accepted=True if alike and small and case.before > 100 * case.floor else None,
+        accepted=alike and before <= 1e-2 * signal and case.before > 100 * case.floor,
     )
-
-
-def _energy_between(case: Case, predicted: Any) -> float:
-    values = predicted if isinstance(predicted, list) else [predicted]
-    with np.errstate(invalid="ignore", over="ignore"):
-        total = sum(
-            float(np.sum(np.nan_to_num(np.where(mask, value - wanted, 0.0)) ** 2))
-            for mask, value, wanted in zip(case.masks, values, case.expected_values, strict=True)
-        )
-    return float(total)
 
 
 def mask(case: Case) -> Iterator[Candidate]:
@@ -553,10 +562,10 @@ def mask(case: Case) -> Iterator[Candidate]:
         (-1, "a query does not see the key of its own position"),
         (2, "a query sees two keys too many"),
     ):
-        yield Candidate(
+        yield from attention.if_near(
             "causal-mask",
             what,
-            attention.whole(partial(_masked, attention, ahead, -1)),
+            partial(_masked, attention, ahead, -1),
             0,
             {"ahead": ahead},
         )
@@ -589,10 +598,10 @@ def window(case: Case) -> Iterator[Candidate]:
             continue
         what = "no window" if width is None else f"a window of {width} keys"
         wanted = "none" if right is None else str(right)
-        yield Candidate(
+        yield from attention.if_near(
             "window",
             f"attention has {what} instead of {wanted}",
-            attention.whole(partial(_masked, attention, 0, width)),
+            partial(_masked, attention, 0, width),
             complexity,
             {"window": width, "expected_window": right},
         )
@@ -634,10 +643,10 @@ def other_positions(case: Case) -> Iterator[Candidate]:
         shifts = [s for s in _KEY_SHIFTS if abs(s) < length]
         if shifts:
             best = min(shifts, key=lambda s: attention.misfit(shifted(s)))
-            yield Candidate(
+            yield from attention.if_near(
                 "position-shift",
                 f"keys are those of the tokens {abs(best)} {'before' if best > 0 else 'after'}",
-                attention.whole(shifted(best)),
+                shifted(best),
                 1,
                 {"shift": -best, "of": "keys"},
             )
@@ -650,10 +659,10 @@ def other_positions(case: Case) -> Iterator[Candidate]:
             return make
 
         best = min(_TURNS, key=lambda s: attention.misfit(turned(s)))
-        yield Candidate(
+        yield from attention.if_near(
             "position-shift",
             f"keys are turned by {best:+d} positions against the queries",
-            attention.whole(turned(best)),
+            turned(best),
             1,
             {"shift": best, "of": "keys"},
         )
@@ -676,10 +685,10 @@ def other_positions(case: Case) -> Iterator[Candidate]:
         shifts = [s for s in _KEY_SHIFTS if abs(s) < longest]
         if shifts:
             best = min(shifts, key=lambda s: attention.misfit(moved(s)))
-            yield Candidate(
+            yield from attention.if_near(
                 "position-shift",
                 f"values are those of the tokens {abs(best)} {'before' if best > 0 else 'after'}",
-                attention.whole(moved(best)),
+                moved(best),
                 1,
                 {"shift": -best, "of": "values"},
             )
@@ -689,7 +698,9 @@ def _turned(case: Case, k: F32, shift: int) -> F32:
     from driftscope.analysis.explanations.rope import frequencies_of
 
     half = case.config.head_dim // 2
-    angle = shift * frequencies_of(case.artifact).astype(np.float64)
+    if "frequencies" not in case.memo:
+        case.memo["frequencies"] = frequencies_of(case.artifact).astype(np.float64)
+    angle = shift * case.memo["frequencies"]
     z = (k[..., :half] + 1j * k[..., half:]) * np.exp(1j * angle)
     return np.concatenate([z.real, z.imag], axis=-1).astype(np.float32)
 
@@ -706,8 +717,8 @@ def sink(case: Case) -> Iterator[Candidate]:
         moved = replace(rows, queries=rows.queries + 1)
         return attention.from_weights(rows, attention.softmax(moved, wide)[:, :, 1:])
 
-    yield Candidate(
-        "cross-match", "the softmax has a term of one more in its denominator", attention.whole(make), 0, {}
+    yield from attention.if_near(
+        "cross-match", "the softmax has a term of one more in its denominator", make, 0, {}
     )
 
 

@@ -550,6 +550,6 @@ def _chosen_sequences(batch: TokenBatch, heads: int, errors: F64) -> tuple[int, 
     worst = [float(errors[part].sum()) for part in batch.slices]
     chosen: list[int] = []
     for s in sorted(range(len(sizes)), key=lambda s: (-worst[s], s)):
-        if not chosen or sum(sizes[c] for c in chosen) + sizes[s] <= LARGEST_VALUES:
+        if not chosen or sum(sizes[c] for c in chosen) + sizes[s] <= LARGEST_VALUES // 4:
             chosen.append(s)
     return tuple(sorted(chosen))

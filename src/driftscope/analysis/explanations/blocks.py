@@ -16,6 +16,9 @@ from driftscope.kernels.formats import format_of
 
 _WIDTHS = (32, 256)
 _SAMPLED_ROWS = 64
+_MOST_WEIGHTS = 1 << 25
+_OUTLYING_BLOCK = 5.0
+"""A sub-block's error energy over that of even rounding: half a step everywhere would be 3."""
 
 
 def _stored(case: Case, name: str, rows: I64 | None = None) -> NDArray[np.uint8]:
@@ -155,32 +158,66 @@ def by_blocks(case: Case) -> Iterator[Candidate]:
         energy = np.sum(a * a, axis=2, keepdims=True)
         ratios = np.sum(a * b, axis=2, keepdims=True) / np.where(energy > 0, energy, 1.0)
         shifted, scaled = (value.reshape(theirs.shape) for value in (a + offsets, a * ratios))
+        middle_a, middle_b = (value.mean(axis=2, keepdims=True) for value in (a, b))
+        spread = np.sum((a - middle_a) ** 2, axis=2, keepdims=True)
+        slopes = np.sum((a - middle_a) * b, axis=2, keepdims=True) / np.where(spread > 0, spread, 1.0)
+        both = (middle_b + slopes * (a - middle_a)).reshape(theirs.shape)
         for class_, what, weight, figures in (
             ("zero-point", f"every {where} of the weights is off by a constant", shifted, offsets),
             ("scale-dropped", f"every {where} of the weights has another scale", scaled, ratios),
+            ("scale-dropped", f"every {where} of the weights has another scale and offset", both, slopes),
         ):
+            before = np.sum((b - a) ** 2, axis=2)
+            after = np.sum((b - weight.reshape(b.shape)) ** 2, axis=2)
+            # A damaged block or two are not every block.
+            if np.mean(after <= 0.5 * before) < 0.5:
+                continue
             evidence = {
                 "width": width,
                 "low": rounded(float(np.quantile(figures, 0.05))),
                 "high": rounded(float(np.quantile(figures, 0.95))),
             }
             predicted = linear.times(weight.astype(np.float32)) + linear.bias(rows)
-            yield Candidate(class_, what, predicted, 4 if width > 32 else 5, evidence, channels=rows)
+            complexity = (4 if width > 32 else 5) + (2 if weight is both else 0)
+            yield Candidate(class_, what, predicted, complexity, evidence, channels=rows)
 
 
 def corrupt_block(case: Case) -> Iterator[Candidate]:
     """One row alone is wrong, and in it one block: found in the stored bytes, or as a flipped bit."""
     linear = Linear.of(case)
-    channels = outlying_channels(case)
-    if linear is None or not channels.size:
+    if linear is None:
         return
+    channels = outlying_channels(case)
     if case.is_engine:
-        yield from _flipped_in_engine(case, linear, int(channels[0]))
-    elif case.has_tensor(linear.name, case.context.own):
-        yield from _damaged_in_file(case, linear, int(channels[0]))
+        if channels.size:
+            yield from _flipped_in_engine(case, linear, int(channels[0]))
+        return
+    if not case.has_tensor(linear.name, case.context.own):
+        return
+    row = _damaged_row(case, linear)
+    if row is not None or channels.size:
+        yield from _damaged_in_file(case, linear, int(channels[0]) if row is None else row, row is not None)
 
 
-def _damaged_in_file(case: Case, linear: Linear, row: int) -> Iterator[Candidate]:
+def _damaged_row(case: Case, linear: Linear) -> int | None:
+    """The row with the one block whose difference from the reference outlies what its steps explain."""
+    rows, columns = linear.shape
+    if rows * columns > _MOST_WEIGHTS:
+        return None
+    found = _decoded(case, linear.name)
+    if found is None:
+        return None
+    ours = case.weight(linear.name, artifact=case.context.own)
+    difference = np.nan_to_num(ours.astype(np.float64) - linear.weight, posinf=1e30, neginf=1e30)
+    energy = np.sum(difference.reshape(rows, -1, found.width) ** 2, axis=2)
+    noise = found.width * found.steps**2 / 12
+    worst = np.max(np.divide(energy, noise, out=np.zeros_like(energy), where=noise > 0), axis=1)
+    order = np.argsort(-worst, kind="stable")
+    first, second = float(worst[order[0]]), float(worst[order[1]])
+    return int(order[0]) if first > _OUTLYING_BLOCK and first > 2.5 * second else None
+
+
+def _damaged_in_file(case: Case, linear: Linear, row: int, alone: bool) -> Iterator[Candidate]:
     here = np.array([row])
     theirs = case.weight(linear.name, here)[0].astype(np.float64)
     ours = case.weight(linear.name, here, artifact=case.context.own)[0].astype(np.float64)
@@ -205,6 +242,7 @@ def _damaged_in_file(case: Case, linear: Linear, row: int) -> Iterator[Candidate
         predicted,
         2,
         {**evidence, "share": rounded(share)},
+        accepted=True if alone and bit else None,
         channels=here,
     )
 

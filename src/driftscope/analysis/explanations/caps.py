@@ -30,7 +30,7 @@ def least(function: Callable[[float], float], low: float, high: float, steps: in
 
 
 def least_on_grid(
-    function: Callable[[float], float], low: float, high: float, *, points: int = 40, steps: int = 30
+    function: Callable[[float], float], low: float, high: float, *, points: int = 24, steps: int = 26
 ) -> float:
     """Place of the least value between two positive bounds: the best of a logarithmic grid, refined."""
 

@@ -55,7 +55,7 @@ def ratio_by_channel(case: Case) -> Iterator[Candidate]:
     energy = np.sum(expected * expected, axis=0)
     factors = np.sum(target * expected, axis=0) / np.where(energy > 0, energy, 1.0)
     low, middle, high = (float(np.quantile(factors, share)) for share in (0.05, 0.5, 0.95))
-    if float(np.median(np.abs(factors - 1.0))) < 1e-4:
+    if not _helps_most_channels(case, expected * factors):
         return
     yield Candidate(
         ratio_class(case),
@@ -66,13 +66,21 @@ def ratio_by_channel(case: Case) -> Iterator[Candidate]:
     )
 
 
+def _helps_most_channels(case: Case, predicted: F64) -> bool:
+    """Whether a prediction halves the error of most channels; what is wrong in a few is another fault."""
+    mask = case.masks[0]
+    before = np.sum(case.residual * case.residual, axis=0)
+    after = np.sum(np.where(mask, case.target - predicted, 0.0) ** 2, axis=0)
+    return bool(np.mean(after <= 0.5 * before) > 0.5)
+
+
 def constant_offset(case: Case) -> Iterator[Candidate]:
     """A vector, the same for all tokens, is added."""
     if case.tokens.size < 4:
         return
     count = np.maximum(case.masks[0].sum(axis=0), 1)
     offset = case.residual.sum(axis=0) / count
-    if np.median(np.abs(offset)) < 1e-3 * np.max(np.abs(offset), initial=0.0):
+    if not _helps_most_channels(case, case.expected + offset):
         return
     yield Candidate(
         "cross-match",

@@ -102,7 +102,7 @@ def choose(case: Case, candidates: Iterable[Candidate]) -> list[Explanation]:
     held = []
     for order, candidate in enumerate(candidates):
         found = case.energies(candidate)
-        if found.before <= found.floor:
+        if found.before <= found.floor and candidate.accepted is None:
             continue
         limit = max(NOISE_FACTOR * found.floor, LEFT * found.before)
         holds = found.left <= limit and found.left <= found.before / 2
