@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -278,3 +279,23 @@ def test_bad_input_is_one_line_and_exits_with_2(
     assert err.count("\n") == 1
     assert says in err
     assert not (tmp_path / "out" / "trace.json").exists()
+
+
+def test_the_port_of_the_page_is_found(
+    driftscope: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/howto/compare-engines.md does, with a model of thirteen layers."""
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "compare-engines.md").read_text("utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    teacher = write_model(Path("results/ship_007/models/teacher"), "llama", num_hidden_layers=13)
+    assert driftscope("trace", teacher, "--engine", "transformers", *IDS, "--out", "traces/torch")[0] == 0
+    exec(compile(script, "compare-engines.md", "exec"), {})
+    code, text, _ = driftscope("replay", "traces/port", "--weights", teacher)
+    assert code == 1
+    assert "first: layers.12.ffn_silu (engine), activation-function" in text
+    assert "the activation is GELU with tanh instead of SiLU" in text
+    assert driftscope("trace", teacher, *IDS, "--out", "traces/own")[0] == 0
+    code, text, _ = driftscope("compare", "traces/torch", "traces/own", "traces/port")
+    assert code == 1
+    assert "port is the odd one out from layers.12.ffn_silu on" in text
