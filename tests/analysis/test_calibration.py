@@ -45,9 +45,10 @@ def test_runs_that_calibration_never_saw_raise_no_alarm(floors: Floors) -> None:
         for row in run.rows
         if row["component"] in COMPONENTS and row["score"] is not None
     ]
-    # Neither all large (floors far too wide) nor too many small.
-    assert scipy.stats.kstest(tails, "uniform", alternative="greater").statistic < 0.1
-    assert 0.2 < float(np.median(tails)) < 0.8
+    # As rare as they say or rarer, and yet not all large: floors that are far too wide would be of no use.
+    for level in (0.2, 0.1, 0.05, 0.01, 0.001):
+        assert np.mean(np.array(tails) <= level) <= level
+    assert 0.3 < float(np.median(tails)) < 0.7
 
 
 def test_every_common_kind_is_fitted(floors: Floors) -> None:
@@ -67,7 +68,7 @@ def test_the_same_run_gives_the_same_rows(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         rows.append(clean_run(5, tmp_path / name).rows)
     assert rows[0] == rows[1]
-    assert all(statistics_of(row) for row in rows[0])
+    assert all(statistics_of(row, None) for row in rows[0])
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 60), (1, 60), (7, 20), (60, 60)])

@@ -152,8 +152,10 @@ def test_floors_fit_by_kind_and_fall_back_to_theory() -> None:
     assert floors.tail_probabilities(row(score=3.0), INT8)["score"] == pytest.approx(expected)
 
 
-def test_channels_of_recomputed_inputs_are_not_judged() -> None:
+def test_channels_of_recomputed_inputs_and_narrow_outputs_are_not_judged() -> None:
     found = Floors({}).tail_probabilities(row(recomputed="ffn_silu", score_channel=30.0), F32)
+    assert list(found) == ["score", "score_token"]
+    found = Floors({}).tail_probabilities(row(score_channel=30.0), Arithmetic.of("f32", dtype="bf16"))
     assert list(found) == ["score", "score_token"]
 
 

@@ -325,11 +325,11 @@ class CleanEngine(ForwardPass):
         rows = x.reshape(-1, weight.shape[0])
         squares = ORDERS[self._habits.order](rows, rows)[:, None]
         mean = squares / np.float32(rows.shape[1]) + np.float32(self.config.rms_norm_eps)
-        one = np.float32(1)
-        if self._habits.reciprocal:
-            scaled = rows * (one / np.sqrt(mean))
-        else:
-            scaled = rows / np.sqrt(mean)
+        with np.errstate(invalid="ignore"):
+            if self._habits.reciprocal:
+                scaled = rows * (np.float32(1) / np.sqrt(mean))
+            else:
+                scaled = rows / np.sqrt(mean)
         return self._rounded(self._rounded(scaled) * weight).reshape(x.shape)
 
     def _kept(self, x: F32) -> F32:

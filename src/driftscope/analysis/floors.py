@@ -101,6 +101,10 @@ LOWEST = -1.0
 """Scores below a tenth of the prediction are fitted as this. Where errors are rare flips, many ops have none;
 how far below the prediction they then lie says nothing about the upper tail, and would only widen it."""
 
+NOTHING = 0.0
+"""What is fitted where nothing was measured and something predicted: the prediction itself, which leans to
+fewer flags than what was seen would allow. Sums and products of two values are mostly so, on every engine."""
+
 EXACT = 1e-22
 """NMSE below which an error that is predicted to be none at all counts as none: float64's own rounding."""
 
@@ -141,10 +145,13 @@ _PRIOR_RUNS = 2.0
 
 _PRIOR_SPREAD = {"engine": 0.5, "model": 0.15}
 
-TRANSFER: Mapping[str, float] = {"engine": 0.2, "model": 0.12}
-"""Decades that are added to a fitted spread, in quadrature: real models are not random ones."""
+TRANSFER: Mapping[str, float] = {"engine": 0.2, "engine/narrow": 0.6, "model": 0.12}
+"""Decades that are added to a fitted spread, in quadrature: real models are not random ones. Most for sums
+whose outputs are of a narrow dtype: how many of them fall to the other neighbour hangs on their number."""
 
-_PRIOR_PRECISION = np.diag([1e-2, 1.0])
+_SUMS = ("norm", "matmul", "scores", "softmax", "attention", _ANY)
+
+_PRIOR_PRECISION = (1e-2, 1.0)
 """Of location and slope, in units of the squared spread: the slope is drawn to 0, the location hardly."""
 
 
@@ -194,15 +201,18 @@ def kind_of(row: Mapping[str, Any], arithmetic: Arithmetic | None) -> str:
     return f"{kind} {computed} recomputed"
 
 
-def statistics_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+def statistics_of(row: Mapping[str, Any], arithmetic: Arithmetic | None) -> tuple[str, ...]:
     """The statistics that a row is tested in; none where its component is not judged.
 
-    What a recomputed input passes on is predicted token by token, but spread evenly over channels, so that a
-    channel by itself says nothing there.
+    Channels are not judged one by one in two cases. What a recomputed input passes on is predicted token by
+    token, but spread evenly over channels. And where outputs are rounded to a narrow dtype, a last bit of
+    float32 makes one in thousands of them fall to the other neighbour: a channel of few tokens has none of
+    these or far more than its share.
     """
     if row["component"] not in COMPONENTS:
         return ()
-    return STATISTICS[:2] if row["recomputed"] else STATISTICS
+    narrow = row["component"] == "engine" and arithmetic is not None and arithmetic.dtype != "f32"
+    return STATISTICS[:2] if row["recomputed"] or narrow else STATISTICS
 
 
 def size_of(row: Mapping[str, Any], statistic: str) -> int:
@@ -303,16 +313,16 @@ class Cell:
         n, se, see = float(names.size), float(np.sum(weight * e)), float(np.sum(weight * e * e))
         sy, sey = float(np.sum(weight * (y - center))), float(np.sum(weight * e * (y - center)))
         if not maximum:
-            n_total = n + precision[0, 0]
+            n_total = n + precision[0]
             at, slope, covariance = sy / n_total, 0.0, (1.0 / n_total, 0.0, 0.0)
         else:
-            p, q, r = n + precision[0, 0], se, see + precision[1, 1]
+            p, q, r = n + precision[0], se, see + precision[1]
             determinant = p * r - q * q
             at, slope = (r * sy - q * sey) / determinant, (p * sey - q * sy) / determinant
             covariance = (r / determinant, -q / determinant, p / determinant)
         residual = y - center - at - slope * e
         squares = float(np.sum(weight * residual * residual))
-        squares += precision[0, 0] * at * at + precision[1, 1] * slope * slope
+        squares += precision[0] * at * at + precision[1] * slope * slope
         degrees = n + prior_runs - (2.0 if maximum else 1.0)
         variance = (prior_runs * prior_spread**2 + squares) / degrees
         spread = math.sqrt(variance + transfer**2)
@@ -361,18 +371,20 @@ class Floors:
         """Fit floors to clean rows.
 
         Args:
-            rows: run, row of the ``replay`` table, and the arithmetic that the run declared. Rows without
-                a score (nothing measured) are left out, which errs towards fewer flags.
+            rows: run, row of the ``replay`` table, and the arithmetic that the run declared. Where an error
+                was predicted and none measured, the score counts as `NOTHING`.
             calibration: what the runs were, for the document.
         """
         found: dict[tuple[str, str, str], list[tuple[float, int, str]]] = {}
         for run, row, arithmetic in rows:
-            statistics = statistics_of(row)
+            statistics = statistics_of(row, arithmetic)
             kind = kind_of(row, arithmetic)
             if kind.endswith(_FLIPPING):
                 continue
             for statistic in statistics:
                 score = row[statistic]
+                if score is None and row["energy"] == 0 and row["predicted_energy"] > 0:
+                    score = NOTHING
                 if score is not None and math.isfinite(score):
                     for name in dict.fromkeys((kind, _of_any_op(kind, row["component"]))):
                         key = (name, row["component"], statistic)
@@ -387,7 +399,7 @@ class Floors:
                     sizes,
                     runs,
                     prior_spread=_PRIOR_SPREAD[key[1]],
-                    transfer=TRANSFER[key[1]],
+                    transfer=TRANSFER[_transfer(key[0], key[1])],
                     maximum=key[2] != "score",
                 )
         return cls(cells, dict(calibration or {}))
@@ -422,7 +434,7 @@ class Floors:
         1 where nothing was measured; 0 where an error was found although none at all is predicted (same bytes
         of weights, but another result). Not of the ``arithmetic`` component, which has no floor: empty.
         """
-        statistics, kind = statistics_of(row), kind_of(row, arithmetic)
+        statistics, kind = statistics_of(row, arithmetic), kind_of(row, arithmetic)
         found = {}
         for statistic in statistics:
             score = row[statistic]
@@ -478,6 +490,11 @@ class Floors:
 def _of_any_op(kind: str, component: str) -> str:
     """The kind that all ops of an arithmetic share; the model component's kinds are few, and have none."""
     return kind if component == "model" else f"{_ANY} {kind.partition(' ')[2]}"
+
+
+def _transfer(kind: str, component: str) -> str:
+    op, _, computed = kind.partition(" ")
+    return f"{component}/narrow" if computed.startswith("narrow") and op in _SUMS else component
 
 
 def _default(kind: str, component: str) -> str:
