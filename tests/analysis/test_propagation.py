@@ -10,11 +10,13 @@ import torch
 import transformers
 from tests.forward.models import write_model
 
+from driftscope.analysis import propagation as module
 from driftscope.analysis.propagation import by_layer, propagation
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
 from driftscope.engines import own
+from driftscope.engines import transformers as transformers_engine
 from driftscope.engines.trace import Trace
 from driftscope.errors import InputError
 from driftscope.evidence.schemas import frame_of, validate
@@ -218,3 +220,24 @@ def test_only_some_layers(qwen2: tuple[Artifact, Trace]) -> None:
     ):
         found = propagation(a, a, artifact, layers=layers)
         assert {(row["layer"], row["tap"]) for row in found} == expected
+
+
+def test_tokens_are_split_one_by_one_alike(
+    qwen2: tuple[Artifact, Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, a = qwen2
+    b = trace(artifact, tmp_path, Arithmetic.of("f32", activation="bf16"))
+    whole = propagation(a, b, artifact)
+    monkeypatch.setattr(module, "_CHUNK", 1)
+    assert propagation(a, b, artifact) == whole
+
+
+def test_the_remainder_of_another_engine_is_the_order_of_its_sums(
+    qwen2: tuple[Artifact, Trace], tmp_path: Path
+) -> None:
+    artifact, _ = qwen2
+    torch_trace = transformers_engine.trace(artifact.path, PROMPTS, tmp_path / "torch")
+    b = own.record(Louder({"model": artifact}, Arithmetic.of().policy), PROMPTS, tmp_path / "b")
+    for row in by_layer(propagation(torch_trace, b, artifact), "all"):
+        if row["tap"] != "embedding" and row["layer"] != 0:
+            assert abs(row["remainder"]) < 1e-5 * row["energy_out"]

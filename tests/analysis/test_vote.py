@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.forward.models import write_model
 
+from driftscope.analysis import vote as module
 from driftscope.analysis.vote import ORDER, THRESHOLD, distances, judge, ratios, topological, vote
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
@@ -79,10 +80,13 @@ class Hollow(ForwardPass):
         return found
 
 
-def test_distances_are_those_of_the_definition() -> None:
+def test_distances_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.Generator(np.random.Philox(1))
-    arrays = [rng.standard_normal((4, 6)) * scale for scale in (1.0, 2.0, 0.5)]
+    arrays = [(rng.standard_normal((4, 6)) * scale).astype(np.float32) for scale in (1.0, 2.0, 0.5)]
     matrix = distances(arrays)
+    monkeypatch.setattr(module, "CHUNK", 12)  # two tokens at once
+    assert distances(arrays) == pytest.approx(matrix, rel=1e-14)
+    arrays = [array.astype(np.float64) for array in arrays]  # type: ignore[misc]
     assert np.array_equal(matrix, matrix.T)
     for i in range(3):
         for j in range(3):

@@ -7,7 +7,7 @@ asked of a replay (`driftscope.analysis.diagnosis`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from driftscope.analysis.admissibility import Place, Population, TraceMetadata, admissibility
 from driftscope.analysis.divergence import TokenSums, pooled, token_sums
 from driftscope.analysis.identities import check_identities
-from driftscope.analysis.vote import topological, values_of, vote
+from driftscope.analysis.vote import CHUNK, topological, values_of, vote
 from driftscope.artifacts.model import ModelConfig
 from driftscope.engines.trace import Trace
 from driftscope.errors import InputError
 from driftscope.forward.architecture import embedding_op, head_ops, layer_ops, tap_name
 
-F64 = NDArray[np.float64]
+F32 = NDArray[np.float32]
 
 
 def compare_traces(
@@ -59,10 +59,10 @@ def compare_traces(
             continue
         for name, trace in traces.items():
             statistics[name].update(_populations(trace, place, arrays[name]))
-        first = arrays[names[0]].astype(np.float32)
+        first = arrays[names[0]]
         for name in names[1:]:
             if arrays[name].shape == first.shape:
-                sums = token_sums(first, arrays[name].astype(np.float32))
+                sums = _token_sums(first, arrays[name])
                 pairs[name]["taps"].append(_figures(place, sums, reference))
         progress(index + 1, len(places))
     judged = admissibility(
@@ -182,7 +182,16 @@ def _points() -> dict[str, frozenset[str]]:
     return {tap: frozenset(texts) for tap, texts in found.items()}
 
 
-def _populations(trace: Trace, place: tuple[int, str], array: F64) -> dict[Place, Population]:
+def _token_sums(a: F32, b: F32) -> TokenSums:
+    """`token_sums`, some tokens at a time."""
+    step = max(1, CHUNK // max(1, a.shape[1]))
+    parts = [token_sums(a[i : i + step], b[i : i + step]) for i in range(0, a.shape[0], step)]
+    names = [item.name for item in fields(TokenSums) if item.name != "channels"]
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return TokenSums(**joined, channels=a.shape[1])
+
+
+def _populations(trace: Trace, place: tuple[int, str], array: F32) -> dict[Place, Population]:
     """What a tap is over in each prompt: all tokens."""
     layer, tap = place
     found: dict[Place, Population] = {}

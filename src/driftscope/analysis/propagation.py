@@ -14,7 +14,7 @@ beside them, and is negative where a layer takes back a part of what it was hand
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -233,7 +233,19 @@ def _parts(reference: Trace, other: Trace, layer_of: ReferenceLayers, step: Step
                 f"{trace.folder}: {tap_name(step.layer, step.tap)} has {array.shape[1]} channels; "
                 f"expected the model's {of_a.shape[1]}"
             )
-    return decompose(a_in, a_out, b_in, b_out, of_a, of_b)
+    # Some tokens at a time: there are several float64 copies of the logits.
+    step_rows = max(1, _CHUNK // a_out.shape[1])
+    found = []
+    for first in range(0, a_out.shape[0], step_rows):
+        cut = slice(first, first + step_rows)
+        inputs = [None if x is None else x[cut] for x in (a_in, b_in)]
+        found.append(decompose(inputs[0], a_out[cut], inputs[1], b_out[cut], of_a[cut], of_b[cut]))
+    names = [item.name for item in fields(Parts)]
+    return Parts(**{name: np.concatenate([getattr(part, name) for part in found]) for name in names})
+
+
+_CHUNK = 1 << 21
+"""Values of an output that are split at once."""
 
 
 def by_layer(rows: Iterable[dict[str, Any]], scope: str = "all-but-first") -> Iterator[dict[str, Any]]:

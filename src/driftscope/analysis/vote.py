@@ -29,7 +29,11 @@ from driftscope.errors import InputError
 from driftscope.forward.architecture import tap_name
 from driftscope.forward.policy import WHOLE_MODEL
 
+F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+
+CHUNK = 1 << 21
+"""Values of a tap that are looked at at once: logits of many tokens do not fit in memory several times."""
 
 THRESHOLD = 100.0
 """Times the usual distance from which on a source is odd."""
@@ -127,23 +131,33 @@ def vote(
     }
 
 
-def distances(arrays: Sequence[F64]) -> F64:
+def distances(arrays: Sequence[F32]) -> F64:
     """Distance of each pair of sources, ``float64[n, n]``.
 
     Args:
-        arrays: of each source ``float64[tokens, channels]``. Where a value is not finite in one of them it is
+        arrays: of each source ``float32[tokens, channels]``. Where a value is not finite in one of them it is
             left out of all.
     """
-    finite = np.logical_and.reduce([np.isfinite(x) for x in arrays])
-    clean = [np.where(finite, x, 0.0) for x in arrays]
-    energies = [np.square(x).sum(axis=1) for x in clean]
-    found = np.zeros((len(arrays), len(arrays)))
-    for i in range(len(arrays)):
+    n_tokens, channels = arrays[0].shape
+    total = np.zeros((len(arrays), len(arrays)))
+    step = max(1, CHUNK // max(1, channels))
+    for first in range(0, n_tokens, step):
+        total += _summed(np.stack([x[first : first + step] for x in arrays]).astype(np.float64))
+    found: F64 = total / max(1, n_tokens)
+    return found
+
+
+def _summed(x: F64) -> F64:
+    """Sum over some tokens of the distances of each pair; `x` is ``float64[n, tokens, channels]``."""
+    x = np.where(np.isfinite(x).all(axis=0), x, 0.0)
+    energies = np.square(x).sum(axis=2)
+    found = np.zeros((len(x), len(x)))
+    for i in range(len(x)):
         for j in range(i):
-            between = np.square(clean[i] - clean[j]).sum(axis=1)
+            between = np.square(x[i] - x[j]).sum(axis=1)
             mean = (energies[i] + energies[j]) / 2
             ratio = np.divide(between, mean, out=np.zeros_like(between), where=mean > 0)
-            found[i, j] = found[j, i] = ratio.mean()
+            found[i, j] = found[j, i] = ratio.sum()
     return found
 
 
@@ -227,10 +241,10 @@ def _op(names: Sequence[str], traces: Mapping[str, Trace], place: Place, floor: 
     }
 
 
-def values_of(trace: Trace, layer: int, tap: str) -> F64:
-    """A tap of all tokens; of scores and weights what a causal query sees."""
+def values_of(trace: Trace, layer: int, tap: str) -> F32:
+    """A tap of all tokens, ``float32[n_tokens, channels]``; of scores what a causal query sees."""
     if tap not in RAGGED:
-        return trace.tap(layer, tap).astype(np.float64)
+        return trace.tap(layer, tap)
     rows = []
     parts = trace.ragged(layer, tap)
     widest = max(part.shape[1] for part in parts)
@@ -238,8 +252,8 @@ def values_of(trace: Trace, layer: int, tap: str) -> F64:
         length = part.shape[0]
         heads = part.reshape(length, -1, length)
         seen = np.tril(np.ones((length, length), dtype=bool))[:, None, :]
-        flat = np.where(seen, heads, 0.0).reshape(length, -1)
-        rows.append(np.pad(flat.astype(np.float64), ((0, 0), (0, widest - flat.shape[1]))))
+        flat = np.where(seen, heads, np.float32(0)).reshape(length, -1)
+        rows.append(np.pad(flat, ((0, 0), (0, widest - flat.shape[1]))))
     return np.concatenate(rows)
 
 
