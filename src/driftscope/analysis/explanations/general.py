@@ -17,6 +17,10 @@ OUTLYING = 8.0
 """A channel outlies whose error, in units of its noise, is this many times the median channel's."""
 
 
+LONE = 100.0
+"""Error over noise of the median channel beyond which a few channels are not wrong alone."""
+
+
 def ratio_class(case: Case) -> str:
     """What a constant ratio is called: of a projection a lost scale, else a wrong multiplier."""
     return "scale-dropped" if case.op.tap in _PROJECTIONS else "output-scale"
@@ -153,7 +157,9 @@ def outlying_channels(case: Case) -> I64:
     score = error / noise
     count = score.size
     found = np.flatnonzero(score > OUTLYING * max(float(np.median(score)), 1.0))
-    if not found.size or found.size > max(1, count // 100):
+    # Where the others are far from their noise as well, none is wrong alone: all of the weights differ.
+    apart = float(np.median(score)) > LONE
+    if apart or not found.size or found.size > max(1, count // 100):
         return np.zeros(0, np.int64)
     order = np.argsort(-error[found], kind="stable")
     return np.asarray(found[order], np.int64)
