@@ -78,9 +78,11 @@ def test_one_bad_token_is_enough(floors: Floors) -> None:
 
 def test_what_is_not_finite_is_flagged_without_a_score(floors: Floors) -> None:
     nothing = {"score": None, "score_token": None, "score_channel": None, "energy": 0.0}
+    nothing |= {"worst_position": -1, "worst_channel": -1}
     rows = replaced(clean_rows(0), {"layer": 2, "tap": "ffn_out", "prompt": "c"}, non_finite=4, **nothing)
     found = flags(rows, floors, arithmetic=F32)
     assert [(flag.statistic, flag.prompt, flag.p_value) for flag in found] == [("non_finite", "c", 0.0)]
+    assert found[0].position is None
 
 
 def test_arithmetic_is_never_flagged(floors: Floors) -> None:

@@ -44,8 +44,8 @@ class Flag:
         nmse: measured error energy over the energy of the op's output, of the whole prompt.
         predicted_nmse: the same, as predicted.
         token_count: tokens of the prompt.
-        position: the worst token.
-        channel: the worst channel; of ragged taps the worst head.
+        position: the worst token, None where no error was measured.
+        channel: the worst channel, of ragged taps the worst head; likewise.
     """
 
     path: str
@@ -227,9 +227,14 @@ def _flag(row: Mapping[str, Any], statistic: str, p_value: float, tail: float) -
         nmse=row["nmse"],
         predicted_nmse=predicted / signal if signal and predicted is not None else None,
         token_count=row["token_count"],
-        position=row["worst_position"],
-        channel=row["worst_channel"],
+        position=_index(row["worst_position"]),
+        channel=_index(row["worst_channel"]),
     )
+
+
+def _index(value: int | None) -> int | None:
+    """A worst token or channel; the table has -1 where there is none."""
+    return None if value is None or value < 0 else value
 
 
 def _each(rows: Any) -> Iterable[Mapping[str, Any]]:
