@@ -109,6 +109,29 @@ def test_scales_that_the_engine_does_not_apply(tmp_path: Path) -> None:
     assert found[0].class_ == "scale-dropped", found
 
 
+def test_scales_of_the_engine_without_their_minima(tmp_path: Path) -> None:
+    """Q4_1 with its scales 128 times too large and its minima as they were."""
+    own = artifact("llama", "Q4_1", **WIDE)
+    raw, dtype = raw_of(own)
+    blocks = raw.reshape(len(raw), -1, 20)
+    step = np.ascontiguousarray(blocks[:, :, :2]).view("<f2").astype(np.float32)
+    blocks[:, :, :2] = np.ascontiguousarray((128 * step).astype("<f2")).view(np.uint8)
+    found = explained(tmp_path, own, PLACE, multiplying_with(values(raw, dtype)))
+    assert found[0].class_ == "scale-dropped", found
+    assert found[0].evidence["scale_ratio"] == pytest.approx(128, rel=1e-3)
+
+
+def test_a_quant_of_the_file_below_the_noise_of_its_row(tmp_path: Path) -> None:
+    """The high bit of one integer of Q8_0: its row's output is hardly worse than that of any other."""
+    own = artifact("llama", "Q8_0", **WIDE)
+    raw, _ = raw_of(own)
+    broken = with_bytes(tmp_path, own, flipped(raw, 37, 34 + 12, 3))
+    found = explained(tmp_path, broken, PLACE, reference=artifact("llama", **WIDE))
+    assert found[0].class_ == "corrupt-block", found
+    evidence = found[0].evidence
+    assert (evidence["row"], evidence["block"], evidence["byte"], evidence["bit"]) == (37, 1, 12, 3)
+
+
 @pytest.mark.parametrize("shift", [1, -1, 8])
 def test_a_zero_point_of_the_engine(shift: int, tmp_path: Path) -> None:
     own = artifact("llama", "Q8_0", **WIDE)

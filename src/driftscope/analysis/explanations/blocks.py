@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from driftscope.analysis.explanations.base import F32, F64, I64, Candidate, Case, figure, rounded
 from driftscope.analysis.explanations.general import outlying_channels
 from driftscope.analysis.explanations.linear import Linear
+from driftscope.analysis.explanations.residual import fit
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.kernels.formats import format_of
 
@@ -97,6 +98,35 @@ def decoding(case: Case) -> Iterator[Candidate]:
         yield Candidate(class_, what, predicted, 1, {"format": _ref(case, linear.name).dtype}, channels=rows)
 
 
+def parts(case: Case) -> Iterator[Candidate]:
+    """The scales are off by one factor and the minima by another."""
+    linear = Linear.of(case)
+    if linear is None or not case.is_engine:
+        return
+    rows = _some_rows(case)
+    found = _decoded(case, linear.name, rows)
+    if found is None or not found.offsets.any():
+        return
+    scaled = linear.times(found.weight(found.steps, 0 * found.offsets))
+    least = linear.times(found.weight(0 * found.steps, found.offsets))
+    mask = case.masks[0][:, rows]
+    left, right = np.where(mask, scaled, 0.0), np.where(mask, least, 0.0)
+    target = np.where(mask, case.target[:, rows] - linear.bias(rows), 0.0)
+    fitted = fit(target, left, right)
+    if fitted is None:
+        return
+    a, b = fitted
+    changed = "scales" if abs(a - 1.0) > abs(b - 1.0) else "minima"
+    yield Candidate(
+        "scale-dropped" if changed == "scales" else "zero-point",
+        f"the {changed} of the blocks are wrong: scales count {figure(a)} times, minima {figure(b)} times",
+        a * left + b * right + linear.bias(rows),
+        3,
+        {"scale_ratio": rounded(a), "minimum_ratio": rounded(b), "format": _ref(case, linear.name).dtype},
+        channels=rows,
+    )
+
+
 def _some_rows(case: Case) -> I64:
     """Some channels, the worst among them."""
     channels = case.target.shape[1]
@@ -149,9 +179,8 @@ def by_blocks(case: Case) -> Iterator[Candidate]:
     rows = _some_rows(case)
     theirs = case.weight(linear.name, rows).astype(np.float64)
     ours = case.weight(linear.name, rows, artifact=own).astype(np.float64)
-    for width in (*_WIDTHS, theirs.shape[1]):
-        if theirs.shape[1] % width:
-            continue
+    noise = _block_noise(case, linear.name, rows, theirs)
+    for width in noise:
         a, b = (value.reshape(rows.size, -1, width) for value in (theirs, ours))
         where = "row" if width == theirs.shape[1] else f"block of {width}"
         offsets = np.mean(b - a, axis=2, keepdims=True)
@@ -169,8 +198,9 @@ def by_blocks(case: Case) -> Iterator[Candidate]:
         ):
             before = np.sum((b - a) ** 2, axis=2)
             after = np.sum((b - weight.reshape(b.shape)) ** 2, axis=2)
-            # A damaged block or two are not every block.
-            if np.mean(after <= 0.5 * before) < 0.5:
+            moved = np.sum((weight.reshape(b.shape) - a) ** 2, axis=2)
+            # A damaged block or two are not every block, and rounding of scales is no fault.
+            if np.mean((after <= 0.5 * before) & (moved > 4.0 * noise[width])) < 0.5:
                 continue
             evidence = {
                 "width": width,
@@ -180,6 +210,17 @@ def by_blocks(case: Case) -> Iterator[Candidate]:
             predicted = linear.times(weight.astype(np.float32)) + linear.bias(rows)
             complexity = (4 if width > 32 else 5) + (2 if weight is both else 0)
             yield Candidate(class_, what, predicted, complexity, evidence, channels=rows)
+
+
+def _block_noise(case: Case, name: str, rows: I64, theirs: F64) -> dict[int, F64]:
+    """By width of a block, the error energy of each that rounding explains."""
+    widths = [width for width in (*_WIDTHS, theirs.shape[1]) if theirs.shape[1] % width == 0]
+    found = _decoded(case, name, rows)
+    if found is None:
+        each = 1e-6 * theirs * theirs
+    else:
+        each = np.repeat(found.steps**2 / 12, found.width, axis=1)
+    return {width: each.reshape(rows.size, -1, width).sum(axis=2) for width in widths}
 
 
 def corrupt_block(case: Case) -> Iterator[Candidate]:
@@ -329,4 +370,4 @@ def _flipped_in_engine(case: Case, linear: Linear, row: int) -> Iterator[Candida
     )
 
 
-HYPOTHESES = (decoding, zero_point, by_blocks, corrupt_block)
+HYPOTHESES = (decoding, parts, zero_point, by_blocks, corrupt_block)

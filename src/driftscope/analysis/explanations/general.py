@@ -75,7 +75,7 @@ def _helps_most_channels(case: Case, predicted: F64) -> bool:
     mask = case.masks[0]
     before = np.sum(case.residual * case.residual, axis=0)
     after = np.sum(np.where(mask, case.target - predicted, 0.0) ** 2, axis=0)
-    return bool(np.mean(after <= 0.5 * before) > 0.5)
+    return bool(np.mean((after <= 0.5 * before) & (before > case.floor_per_channel)) > 0.5)
 
 
 def constant_offset(case: Case) -> Iterator[Candidate]:

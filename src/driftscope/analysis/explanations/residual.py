@@ -47,7 +47,7 @@ def coefficients(case: Case) -> Iterator[Candidate]:
                 {"layer": case.op.layer},
             )
         yield Candidate("residual", what, a * stream + b * block, 0, {first: a, second: b})
-    fitted = _fit(np.where(case.masks[0], case.target, 0.0), stream, block)
+    fitted = fit(np.where(case.masks[0], case.target, 0.0), stream, block)
     if fitted is not None:
         a, b = fitted
         rest = [
@@ -77,7 +77,8 @@ def _ratio(found: F64, term: F64) -> float:
     return float(np.nansum(found * term)) / energy if energy else 0.0
 
 
-def _fit(target: F64, a: F64, b: F64) -> tuple[float, float] | None:
+def fit(target: F64, a: F64, b: F64) -> tuple[float, float] | None:
+    """Least-squares factors of two terms; None where the terms are parallel."""
     aa, bb, ab = float(np.sum(a * a)), float(np.sum(b * b)), float(np.sum(a * b))
     at, bt = float(np.sum(a * target)), float(np.sum(b * target))
     determinant = aa * bb - ab * ab
