@@ -11,6 +11,7 @@ from pathlib import Path
 
 from driftscope.cli.commands import app
 from driftscope.cli.contracts import contracts
+from driftscope.cli.faultbench import faultbench
 from driftscope.cli.stages import stage
 from driftscope.cli.traces import compare, replay, trace
 from driftscope.errors import InputError
@@ -19,6 +20,7 @@ for command in (trace, compare, replay):
     app.command()(command)
 app.add_typer(stage, name="stage")
 app.add_typer(contracts, name="contracts")
+app.add_typer(faultbench, name="faultbench")
 
 
 def main() -> None:

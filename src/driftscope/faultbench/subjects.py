@@ -41,7 +41,8 @@ _TEXT = (
     "a mistake than a miracle. Years later she told the story to students of statistics, and asked them "
     "which of the two mistakes they would have noticed, and with what evidence. Most of them wanted to "
     "see the whole column, one wanted to see the drawings, and one asked whether the clock in the tower "
-    "had been right."
+    "had been right. "
+    "She wrote all three answers into the book, below the weather of that day."
 )
 """Read by models that have a tokenizer."""
 
