@@ -145,9 +145,16 @@ _PRIOR_RUNS = 2.0
 
 _PRIOR_SPREAD = {"engine": 0.5, "model": 0.15}
 
-TRANSFER: Mapping[str, float] = {"engine": 0.2, "engine/narrow": 0.6, "model": 0.12}
+TRANSFER: Mapping[str, float] = {
+    "engine": 0.2,
+    "engine/narrow": 0.6,
+    "model": 0.12,
+    "model/single-weights": 0.3,
+}
 """Decades that are added to a fitted spread, in quadrature: real models are not random ones. Most for sums
-whose outputs are of a narrow dtype: how many of them fall to the other neighbour hangs on their number."""
+whose outputs are of a narrow dtype: how many of them fall to the other neighbour hangs on their number. A
+channel of the embedding is one weight a token, and a quantizer that clips a weight leaves it off by more than
+a step."""
 
 _SUMS = ("norm", "matmul", "scores", "softmax", "attention", _ANY)
 
@@ -399,7 +406,7 @@ class Floors:
                     sizes,
                     runs,
                     prior_spread=_PRIOR_SPREAD[key[1]],
-                    transfer=TRANSFER[_transfer(key[0], key[1])],
+                    transfer=TRANSFER[_transfer(*key)],
                     maximum=key[2] != "score",
                 )
         return cls(cells, dict(calibration or {}))
@@ -492,8 +499,10 @@ def _of_any_op(kind: str, component: str) -> str:
     return kind if component == "model" else f"{_ANY} {kind.partition(' ')[2]}"
 
 
-def _transfer(kind: str, component: str) -> str:
+def _transfer(kind: str, component: str, statistic: str) -> str:
     op, _, computed = kind.partition(" ")
+    if (kind, component, statistic) == ("embedding", "model", "score_channel"):
+        return "model/single-weights"
     return f"{component}/narrow" if computed.startswith("narrow") and op in _SUMS else component
 
 
