@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from driftscope.forward.arithmetic import round_to
 from driftscope.forward.policy import WHOLE_MODEL
+from driftscope.kernels import float64
 
 if TYPE_CHECKING:
     from driftscope.analysis.first_divergence import Flag
@@ -139,7 +140,10 @@ class _Layer:
             rows = []
             for part, tokens in zip(split, self.trace.batch.slices, strict=True):
                 v = np.repeat(values[tokens], heads // kv_heads, axis=1)
-                each = [np.einsum("tk,kc->tc", part[:, h], v[:, h]) for h in range(heads)]
+                each = [
+                    float64.matmul(np.ascontiguousarray(part[:, h]), np.ascontiguousarray(v[:, h].T))
+                    for h in range(heads)
+                ]
                 rows.append(np.concatenate(each, axis=1))
             expected_rows = np.concatenate(rows)
             nmse = _energy(found - expected_rows) / max(_energy(expected_rows), 1e-300)
