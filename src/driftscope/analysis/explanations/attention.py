@@ -452,6 +452,9 @@ def score_precision(case: Case) -> Iterator[Candidate]:
     """Queries, keys, scores or their softmax are rounded to 16 bits, or summed in float16."""
     attention = Attention.of(case)
     for dtype in ("f16", "bf16"):
+        if dtype == case.dtype:
+            # What an engine of this dtype does anyway.
+            continue
         if attention.reaches_scores:
             yield from attention.if_near(
                 "score-precision",

@@ -13,8 +13,11 @@ _SHIFTS = (1, -1, 2, -2, 4, -4, 8, -8, 16, -16, 32, -32, 64, -64)
 _MOST_CHANNELS = 8192
 _PROJECTIONS = ("qkv_matmul", "qkv_bias", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
 
-OUTLYING = 8.0
-"""A channel outlies whose error, in units of its noise, is this many times the median channel's."""
+OUTLYING = {"engine": 64.0, "model": 8.0}
+"""By component: a channel outlies whose error, in units of its noise, is so many times the median channel's.
+
+Against a reference a damaged block has quantization noise beside it; an engine's own noise is much smaller.
+"""
 
 
 LONE = 100.0
@@ -156,7 +159,8 @@ def outlying_channels(case: Case) -> I64:
     noise = np.maximum(case.floor_per_channel, 1e-300)
     score = error / noise
     count = score.size
-    found = np.flatnonzero(score > OUTLYING * max(float(np.median(score)), 1.0))
+    limit = OUTLYING["engine" if case.is_engine else "model"]
+    found = np.flatnonzero(score > limit * max(float(np.median(score)), 1.0))
     # Where the others are far from their noise as well, none is wrong alone: all of the weights differ.
     apart = float(np.median(score)) > LONE
     if apart or not found.size or found.size > max(1, count // 100):
@@ -175,10 +179,10 @@ def one_channel(case: Case) -> Iterator[Candidate]:
     worst = int(channels[0])
     energy = float(np.sum(case.residual[:, channels] ** 2))
     share = energy / case.before if case.before else 0.0
-    others = f" and {channels.size - 1} more" if channels.size > 1 else ""
+    others = f" and {channels.size - 1} more are" if channels.size > 1 else " alone is"
     yield Candidate(
         "corrupt-block",
-        f"channel {worst}{others} alone is wrong, with {100 * share:.0f} % of the error",
+        f"channel {worst}{others} wrong, with {100 * share:.0f} % of the error",
         predicted,
         4,
         {"row": worst, "rows": [int(c) for c in channels[:16]], "share": rounded(share)},
