@@ -108,6 +108,8 @@ def test_the_wrong_arithmetic_is_told(models: dict[str, Artifact], clean: Trace)
     """Every matmul is off, and one arithmetic explains them all."""
     found = diagnose(clean, models["candidate"], arithmetic=Arithmetic.of())
     assert found["first"]["tap"] == "qkv_matmul"
+    assert found["first"]["statement"].startswith("the matmuls are of another arithmetic")
+    assert found["capture_points"] == []
     assert found["fits_better"]["arithmetic"] == clean.manifest.arithmetic.to_dict()  # type: ignore[union-attr]
     assert diagnose(clean, models["candidate"])["fits_better"] is None
 

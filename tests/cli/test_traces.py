@@ -230,7 +230,8 @@ def test_the_wrong_arithmetic_is_no_floor(paths: dict[str, Path], driftscope: Ru
     )
     assert code == 1
     assert "first: layers.0.qkv_matmul" in text
-    assert "another arithmetic fits: int8-dot" in text
+    assert "of another arithmetic than the declared one: int8-dot" in text
+    assert "--arithmetic guess" in text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from driftscope.analysis.capture_points import capture_points
+from driftscope.analysis.capture_points import CaptureReport, capture_points
 from driftscope.analysis.first_divergence import ALPHA, Flag, first_divergence, flags
 from driftscope.analysis.floors import OP_KINDS, Floors
 from driftscope.analysis.skipped_layers import skipped_layers
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 NEARLY_AS_GOOD = 100.0
 """Times the residual of the best explanation that another one may leave to be told beside it."""
+
+FITS = {"f32": 1e-11, "f16": 1e-7, "bf16": 1e-7}
+"""Typical NMSE of the matmuls up to which an arithmetic explains all of them: the order of float32
+sums or, where outputs are rounded, results that fall on the other side of a step."""
 
 COMPONENTS = ("engine", "arithmetic", "model")
 
@@ -85,15 +89,20 @@ def diagnose(
     seen = {(flag.place, flag.prompt) for flag in flagged}
     skipped = skipped_layers(replayer, rows, floors, alpha, arithmetic=declared)
     flagged += [flag for flag in skipped if (flag.place, flag.prompt) not in seen]
-    captured = capture_points(trace, replayer, flagged, floors)
     tested = {(row["layer"], row["tap"], row["part"]) for row in rows}
+    better = _fits_better(flagged, tested, trace, own, declared, threads)
+    if better is None:
+        captured = capture_points(trace, replayer, flagged, floors)
+    else:
+        # What consumers say of a tap holds in the arithmetic of the engine, and this is another one.
+        captured = CaptureReport([], list(flagged), [])
     return {
         **entry,
         "tested": len(tested),
         "flagged": [_short(flag) for flag in captured.remaining],
-        "first": _first(captured.remaining, rows, replayer, trace, own, reference, declared, threads),
+        "first": _first(captured.remaining, rows, replayer, trace, own, reference, declared, threads, better),
         "capture_points": captured.findings,
-        "fits_better": _fits_better(captured.remaining, tested, trace, own, declared, threads),
+        "fits_better": better,
         "map": local_map(rows),
     }
 
@@ -199,7 +208,8 @@ def _fits_better(
     guess = guess_arithmetic(trace, own, threads=threads)
     if guess.products.status != "decided" or guess.arithmetic == (declared or Arithmetic.of()):
         return None
-    return guess.to_dict()
+    left = guess.products.residuals[guess.products.winner]
+    return guess.to_dict() if left <= FITS[guess.dtype] else None
 
 
 def _first(
@@ -211,12 +221,23 @@ def _first(
     reference: Artifact | None,
     arithmetic: Arithmetic | None,
     threads: int,
+    better: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
     from driftscope.analysis.explanations import Context, explain
 
     first = first_divergence(flagged, rows)
     if first is None:
         return None
+    if better is not None:
+        statement = f"the matmuls are of another arithmetic than the declared one: {better['statement']}"
+        evidence = {"fits_better": better["arithmetic"]}
+        return {
+            **first.to_dict(),
+            "class": "unexplained",
+            "statement": statement,
+            "evidence": evidence,
+            "others": [],
+        }
     op = replayer.op(first.flag.layer, first.flag.tap, first.flag.part)
     context = Context(
         own=own,

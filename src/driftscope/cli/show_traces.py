@@ -104,9 +104,6 @@ def print_diagnosis(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
         _line(console, f"capture point: {item['statement']}", "yellow")
     if (more := len(found["capture_points"]) - _MOST_POINTS) > 0:
         _line(console, f"capture point: … and {more} more", "yellow")
-    if found["fits_better"]:
-        what = found["fits_better"]["statement"]
-        _line(console, f"another arithmetic fits: {what}; try --arithmetic guess", "bold yellow")
     first = found["first"]
     if first is None:
         note = ", but for what was captured elsewhere" if found["capture_points"] else ""
@@ -116,6 +113,8 @@ def print_diagnosis(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
     _line(console, f"{len(flagged)} of {tested} are above their floors", "bold red")
     _line(console, f"first: {_place(first)} ({first['component']}), {first['class']}", "bold")
     _line(console, f"  {first['statement']}")
+    if found["fits_better"]:
+        _line(console, "  look at the rest with --arithmetic guess", "yellow")
     if first.get("note") == "row-count":
         _line(console, "  at some token counts only: both shorter and longer prompts are clean there")
     for other in first.get("others", ()):
