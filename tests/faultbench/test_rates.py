@@ -34,6 +34,7 @@ def row(fault: str = "F01", name: str = "a", right: str = "dloc", **changes: Any
         "effect": {
             "kl": changes.pop("kl", 0.25),
             "kl_undefined": 0,
+            "kl_rounding": None,
             "over_predicted": 1e9,
             "unpredicted": False,
             "above_floor": above,

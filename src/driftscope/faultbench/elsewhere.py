@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Elsewhere:
             clean = self._sound("transformers", model, "F32")
             with tempfile.TemporaryDirectory() as folder:
                 trace = self.torch_trace(model, fault, layer, Path(folder))
-                yield self._row(setting, fault.first(layer), fault.classes, trace, own, clean)
+                yield self._row(setting, _shown(fault.first(layer), own), fault.classes, trace, own, clean)
 
     def llama_cpp(self) -> Iterator[Result]:
         """One row for each edit of `gguf_files.FAULTS`."""
@@ -74,7 +75,7 @@ class Elsewhere:
             with tempfile.TemporaryDirectory() as folder:
                 file = gguf_files.edited(source, Path(folder) / "edited.gguf", fault, layer)
                 trace = self.llama_trace(file, fault.model, Path(folder) / "trace")
-                yield self._row(setting, fault.first(layer), fault.classes, trace, own, clean)
+                yield self._row(setting, _shown(fault.first(layer), own), fault.classes, trace, own, clean)
 
     def torch_trace(
         self,
@@ -137,6 +138,12 @@ class Elsewhere:
         kl = kl_nats(clean, trace.tap(WHOLE_MODEL, "lm_head"))
         size = effect(finding.rows, spot, "engine", self._floors, trace.manifest.arithmetic, kl)
         return judged(setting, spot, classes, finding, size)
+
+
+def _shown(spot: Spot, own: Artifact) -> Spot:
+    """Where q, k and v have no bias, their product is what transformers shows."""
+    unbiased = spot.tap == "qkv_bias" and not own.config.attention_bias
+    return replace(spot, tap="qkv_matmul") if unbiased else spot
 
 
 def _setting(fault: TorchFault | GgufFault, source: str, model: str, scheme: str, path: str) -> Setting:

@@ -302,6 +302,16 @@ class ShiftedGate(FaultyPass):
         return super().gated(layer, activated, np.roll(up, -1, axis=1))
 
 
+class LastBits(FaultyPass):
+    """No fault: a last bit of the residual stream is up, down or as it was, by seeded chance."""
+
+    def add(self, layer: int, tap: str, residual: F32, x: F32) -> F32:
+        total = super().add(layer, tap, residual, x)
+        random = np.random.Generator(np.random.Philox([layer, len(tap)]))
+        steps = random.integers(-1, 2, size=total.shape).astype(np.float32)
+        return total * (np.float32(1) + steps * np.finfo(np.float32).eps)
+
+
 class OtherResidual(FaultyPass):
     """The residual stream is added so many times."""
 

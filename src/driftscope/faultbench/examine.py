@@ -27,6 +27,10 @@ ABOVE = 1e-3
 MATERIAL_KL = 1e-3
 """Or where it moves the next token's distribution by this much in the mean, nats, whatever the floor says."""
 
+OVER_ROUNDING = 10.0
+"""And by this many times what a last bit of the residual stream moves it: integer products step at roundings,
+so that on a real model in Q4_K_M a last bit alone comes to some 1e-3 nats."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -116,15 +120,17 @@ class Effect:
         over_predicted: largest measured energy over the predicted one, of the whole op, of one token or of
             one channel, over all prompts; None where none was measured, infinite where none was predicted.
         above_floor: whether a clean op would show as much less often than `ABOVE`, or the logits move by
-            `MATERIAL_KL` or more.
+            `MATERIAL_KL` and `OVER_ROUNDING` times `kl_rounding` or more.
         kl: mean KL(clean || faulty), nats, where it is defined; None where it is nowhere.
         kl_undefined: positions with a logit that is not finite.
+        kl_rounding: the same divergence caused by last bits alone, where it was measured.
     """
 
     over_predicted: float | None
     above_floor: bool
     kl: float | None
     kl_undefined: int
+    kl_rounding: float | None = None
 
 
 def effect(
@@ -134,6 +140,7 @@ def effect(
     floors: Floors,
     arithmetic: Arithmetic | None,
     kl: tuple[float | None, int],
+    kl_rounding: float | None = None,
 ) -> Effect:
     """The effect of a fault, from the rows of the op that it was put into.
 
@@ -144,6 +151,7 @@ def effect(
         floors: what is noise.
         arithmetic: what the engine computes in.
         kl: from `kl_nats`.
+        kl_rounding: mean KL that last bits alone cause, or None where it is not known.
     """
     here = [
         row
@@ -152,7 +160,8 @@ def effect(
         and spot.part in ("", row["part"])
     ]
     ratios: list[float] = []
-    above = kl[1] > 0 or (kl[0] is not None and kl[0] >= MATERIAL_KL)
+    material = max(MATERIAL_KL, OVER_ROUNDING * (kl_rounding or 0.0))
+    above = kl[1] > 0 or (kl[0] is not None and kl[0] >= material)
     for row in here:
         scores = [row[key] for key in ("score", "score_token", "score_channel") if row[key] is not None]
         ratios += [10.0 ** min(score, 300.0) for score in scores]
@@ -161,4 +170,4 @@ def effect(
             ratios.append(math.inf)
         tail = floors.tail_probability(row, arithmetic)
         above = above or bool(row["non_finite"]) or tail < ABOVE
-    return Effect(max(ratios, default=None), above, *kl)
+    return Effect(max(ratios, default=None), above, *kl, kl_rounding)

@@ -105,6 +105,7 @@ def row(setting: Setting, fault: InventoryFault, site: Site) -> dict[str, Any]:
         "effect": {
             "kl": None,
             "kl_undefined": 0,
+            "kl_rounding": None,
             "over_predicted": None,
             "unpredicted": True,
             "above_floor": True,

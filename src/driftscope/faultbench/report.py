@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from driftscope.errors import InputError
-from driftscope.faultbench.examine import ABOVE, MATERIAL_KL
+from driftscope.faultbench.examine import ABOVE, MATERIAL_KL, OVER_ROUNDING
 from driftscope.faultbench.faults import CONTROLS, FAULTS, Fault
 from driftscope.faultbench.rates import JUDGED, by_fault, summary, targets
 
@@ -37,7 +37,7 @@ def build(parts: Iterable[Mapping[str, Sequence[Row]]], *, alpha: float) -> dict
     return {
         "schema_version": SCHEMA_VERSION,
         "alpha": alpha,
-        "above_floor": {"tail": ABOVE, "kl": MATERIAL_KL},
+        "above_floor": {"tail": ABOVE, "kl": MATERIAL_KL, "over_rounding": OVER_ROUNDING},
         "targets": targets(faults, rows["clean"], rows["controls"]),
         "summary": summary(faults),
         "catalogue": [_described(fault) for fault in FAULTS.values()],

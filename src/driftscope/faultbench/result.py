@@ -87,6 +87,7 @@ def judged(
         "effect": {
             "kl": _figure(effect.kl),
             "kl_undefined": effect.kl_undefined,
+            "kl_rounding": _figure(effect.kl_rounding),
             "over_predicted": _figure(effect.over_predicted),
             "unpredicted": effect.over_predicted is not None and math.isinf(effect.over_predicted),
             "above_floor": effect.above_floor,

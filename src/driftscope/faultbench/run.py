@@ -10,6 +10,7 @@ from typing import Any
 from driftscope.analysis.floors import Floors
 from driftscope.artifacts.model import Artifact
 from driftscope.faultbench.catalogue import INJECTIONS, injection, why_not
+from driftscope.faultbench.engine import LastBits
 from driftscope.faultbench.examine import effect, examine, kl_nats
 from driftscope.faultbench.injection import Injection, Site
 from driftscope.faultbench.result import Setting, judged, not_run
@@ -55,6 +56,7 @@ class Runner:
         self._floors = floors
         self._threads = threads
         self._clean: tuple[tuple[Subject, str], MemoryTrace] | None = None
+        self._rounding: dict[tuple[Subject, str], float | None] = {}
 
     def run(self, unit: Unit) -> list[Result]:
         """One row for each way in which the fault is judged."""
@@ -73,6 +75,16 @@ class Runner:
             site = self._bench.site(subject)
             self._clean = ((subject, regime), self._record(subject, regime, site.artifact))
         return self._clean[1]
+
+    def rounding(self, subject: Subject, regime: str) -> float | None:
+        """Mean KL, in nats, that last bits of the residual stream cause in a sound pass."""
+        key = (subject, regime)
+        if key not in self._rounding:
+            forward = LastBits(self._bench.site(subject))
+            prompts = self._bench.prompts(subject.model, regime)
+            trace = record(forward, prompts, subject.arithmetic, layers=())
+            self._rounding[key] = _kl(self.clean(subject, regime), trace)[0]
+        return self._rounding[key]
 
     def faulty(
         self, unit: Unit, item: Injection, site: Site, clean: MemoryTrace
@@ -107,7 +119,8 @@ class Runner:
         finding = examine(trace, own, reference, self._floors, layers=layers, threads=self._threads)
         component = "model" if way == "model" else "engine"
         spot = item.first(site)
-        size = effect(finding.rows, spot, component, self._floors, unit.subject.arithmetic, kl)
+        rounding = None if way == "capture" else self.rounding(unit.subject, unit.regime)
+        size = effect(finding.rows, spot, component, self._floors, unit.subject.arithmetic, kl, rounding)
         if way == "capture":
             # It is no error of the computation; the tap is wrong by as much as its consumers are.
             size = dataclasses.replace(size, above_floor=True)

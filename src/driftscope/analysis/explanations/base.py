@@ -308,7 +308,9 @@ class Case:
                 np.where(mask, value, 0.0) for mask, value in zip(self.masks, self.targets, strict=True)
             )
         self.before = self.error(self.expected_values)
-        self.floor = SMALLEST_NOISE * self.signal
+        # What was recorded may be louder than what should have been, and is rounded as loud things are.
+        found = _energy(np.where(m, t, 0.0) for m, t in zip(self.masks, self.targets, strict=True))
+        self.floor = SMALLEST_NOISE * max(self.signal, found)
         spread = op.predicted.get(context.component)
         if spread is not None:
             kept = np.asarray(spread.per_token, np.float64)[self.tokens]
