@@ -76,9 +76,11 @@ _NARROW_ROUNDINGS = {
     "final_norm": 2,
     "q_post_rope": 4,
     "k_post_rope": 4,
+    "attn_scores": 2,
 }
 """Roundings to a narrow dtype by which an engine may be off from one at the end of the op; 1 where it is not
-listed. transformers rounds before the norm's weight; it rounds cosine, sine and both products of RoPE."""
+listed. transformers rounds before the norm's weight, and scores before they are scaled; it rounds cosine,
+sine and both products of RoPE."""
 
 _SITES = {"attn_out": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_out": "down", "lm_head": "lm_head"}
 _MATMUL_INPUT = {
@@ -256,7 +258,11 @@ class Noise:
         chosen = {name: found[name] for name in components}
         for name, spread in chosen.items():
             for source, errors in inherited.items():
-                if name in errors and source != "attn_softmax":
+                if name in errors and tap == "qkv_bias":
+                    spread = spread + self._of_part(errors[name], part)
+                elif name in errors and tap.endswith("residual"):
+                    spread = spread + errors[name]
+                elif name in errors and source != "attn_softmax":
                     spread = spread + self._passed_on(tap, source, errors[name], inputs, energy)
             chosen[name] = _at_least(spread)
         return chosen
@@ -491,6 +497,13 @@ class Noise:
         q, kv = (site_shape(self._config, name)[0] for name in ("q", "k"))
         left, right = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[site]
         return np.ascontiguousarray(qkv[:, left:right])
+
+    def _of_part(self, errors: Spread, part: str) -> Spread:
+        """The errors of q, k or v, of those of the three side by side."""
+        assert errors.by_sequence is not None
+        rows = self._slice(errors.by_sequence, part)
+        totals = _ratio(np.sum(rows, axis=1), np.sum(errors.by_sequence, axis=1))
+        return Spread.of(errors.per_token * np.repeat(totals, np.diff(self._batch.boundaries)), rows)
 
     def _passed_on(
         self, tap: str, source: str, errors: Spread, inputs: Mapping[str, Tap], energy: Spread
