@@ -128,6 +128,9 @@ def test_a_model_is_described(models: dict[str, Path]) -> None:
     assert "llama" in driftscope("inspect", models["q8_0"])[1]
 
 
+_DIVERGENCE = ("--teacher", "t", "--part", "0/1", "--out", "c")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -139,8 +142,8 @@ def test_a_model_is_described(models: dict[str, Path]) -> None:
         ("contracts", "validate", "none"),
         ("stage", "sweep", "--teacher", "a", "--candidate", "b", "--part", "4/4", "--out", "c"),
         ("stage", "sweep", "--teacher", "a", "--candidate", "b", "--part", "x", "--out", "c"),
-        ("stage", "divergence", "--prompts", "p", "--taps", "no-label", "--pair", "a|b", "--out", "c"),
-        ("stage", "divergence", "--prompts", "p", "--taps", "a=b", "--pair", "ab", "--out", "c"),
+        ("stage", "divergence", *_DIVERGENCE, "--trace", "no-label", "--pair", "a|b"),
+        ("stage", "divergence", *_DIVERGENCE, "--trace", "a=b", "--pair", "ab"),
     ],
     ids=" ".join,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,7 +129,8 @@ def replay(
     kv_type: Annotated[str, typer.Option(help="f32 or f16, with --arithmetic f32 or int8-dot")] = "",
     layers: Layers = "",
     floors: Annotated[
-        Path | None, typer.Option(help="calibrated floors of a run, floors.json; else what theory says")
+        Path | None,
+        typer.Option(help="calibrated floors of a run, floors.json; else this version's, kept in the cache"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="where to write the table, .parquet")
@@ -159,9 +161,9 @@ def replay(
     replayer = replayer_of(recorded, own, truth, arithmetic=declared, threads=threads)
     with progress_bar("replaying", visible=not as_json) as advance:
         rows = replay_rows(replayer, wanted, progress=advance)
-    found = diagnose(
-        recorded, own, truth, declared, _floors(floors), wanted, threads, path=recorded.name, rows=rows
-    )
+    with progress_bar("calibrating the floors", visible=not as_json) as advance:
+        known = _floors(floors, advance)
+    found = diagnose(recorded, own, truth, declared, known, wanted, threads, path=recorded.name, rows=rows)
     if guess is not None:
         found["guess"] = guess.to_dict()
     if out is not None:
@@ -333,11 +335,12 @@ def _propagated(
     return found
 
 
-def _floors(file: Path | None) -> Any:
+def _floors(file: Path | None, progress: Callable[[int, int], None]) -> Any:
     from driftscope.analysis.floors import Floors
     from driftscope.evidence.store import read_json
+    from driftscope.stages.floors import kept_floors
 
-    return None if file is None else Floors.from_dict(read_json(file), str(file))
+    return kept_floors(progress) if file is None else Floors.from_dict(read_json(file), str(file))
 
 
 def _holds(found: dict[str, Any], max_nmse: float | None) -> bool:
