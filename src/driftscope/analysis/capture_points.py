@@ -230,7 +230,9 @@ class _Test:
         factor = _factor(replay.recorded, replay.declared)
         if factor is not None:
             scaled = _times(replay.declared, factor)
-            if (rest := _nmse(replay.recorded, scaled)) <= SAME:
+            # A factor that explains little of the difference is none.
+            before = _nmse(replay.recorded, replay.declared)
+            if (rest := _nmse(replay.recorded, scaled)) <= min(SAME, before / 2):
                 return f"times a factor of {factor:.6g}", rest
         return "another point, none of those we know", float(
             min(nmse, _nmse(replay.recorded, replay.declared))
