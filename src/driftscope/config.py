@@ -136,7 +136,7 @@ class ReplaySpec(_Section):
         Field(
             gt=0,
             lt=0.5,
-            description="chance that a clean trace has any op flagged; a judgement: editing it replays nothing",
+            description="chance that a clean trace has any op flagged; editing it replays nothing",
         ),
     ] = 0.001
 

@@ -11,10 +11,10 @@ from driftscope.analysis.calibration import (
     SETTINGS,
     clean_run,
     clean_runs,
-    clopper_pearson,
     false_alarms,
 )
 from driftscope.analysis.floors import COMPONENTS, Floors, statistics_of
+from driftscope.analysis.proportion import clopper_pearson
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,9 @@ import polars as pl
 import pytest
 from tests.analysis.synthetic_rows import row
 
-from driftscope.analysis.first_divergence import first_divergence, flags, order_of
+from driftscope.analysis.first_divergence import first_divergence, flags
 from driftscope.analysis.floors import OP_KINDS, Floors
+from driftscope.forward.architecture import op_order
 from driftscope.forward.arithmetic import Arithmetic
 
 F32 = Arithmetic.of("f32")
@@ -120,4 +121,4 @@ def test_order_is_that_of_the_pass() -> None:
         (-1, "final_norm", ""),
         (-1, "lm_head", ""),
     ]
-    assert sorted(places, key=lambda place: order_of(*place)) == places
+    assert sorted(places, key=lambda place: op_order(*place)) == places

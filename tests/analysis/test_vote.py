@@ -10,13 +10,13 @@ import pytest
 from tests.forward.models import write_model
 
 from driftscope.analysis import vote as module
-from driftscope.analysis.vote import ORDER, THRESHOLD, distances, judge, ratios, topological, vote
+from driftscope.analysis.vote import THRESHOLD, distances, judge, ratios, topological, vote
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
 from driftscope.engines import own
 from driftscope.engines.trace import Trace
 from driftscope.errors import InputError
-from driftscope.forward.architecture import layer_ops, site_tensor, taps
+from driftscope.forward.architecture import LAYER_TAPS, layer_ops, site_tensor, taps
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.model import ForwardPass
 
@@ -239,7 +239,7 @@ def test_the_vote_on_local_errors(clean: dict[str, Trace]) -> None:
 
 
 def test_the_order_is_that_of_the_ops(model: Artifact) -> None:
-    assert tuple(op.tap for op in layer_ops(model.config)) == ORDER
+    assert tuple(op.tap for op in layer_ops(model.config)) == LAYER_TAPS
     places = [(tap.layer, tap.op.tap) for tap in taps(model.config)]
     assert topological([*reversed(places), (0, "unheard_of"), (-1, "ffn_out")]) == places
 

@@ -17,9 +17,7 @@ from tests.forward.models import write_model
 
 from driftscope.artifacts.open import open_artifact
 from driftscope.engines.trace import (
-    LAYER_TAPS,
     RAGGED,
-    WHOLE_TAPS,
     Trace,
     TraceManifest,
     TraceWriter,
@@ -27,7 +25,7 @@ from driftscope.engines.trace import (
     write_manifest,
 )
 from driftscope.errors import InputError
-from driftscope.forward.architecture import embedding_op, head_ops, layer_ops
+from driftscope.forward.architecture import LAYER_TAPS, WHOLE_TAPS, embedding_op, head_ops, layer_ops
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.policy import WHOLE_MODEL
 

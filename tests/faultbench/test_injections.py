@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from driftscope.analysis.first_divergence import order_of
 from driftscope.faultbench.catalogue import INJECTIONS, TINY_SUBJECTS, injection, why_not
 from driftscope.faultbench.edited import values_of
 from driftscope.faultbench.run import Runner, Unit
@@ -16,6 +15,7 @@ from driftscope.faultbench.subjects import Subject, Workbench
 from driftscope.faultbench.tiny import WINDOW
 from driftscope.faultbench.trace_in_memory import MemoryTrace
 from driftscope.faultbench.weights import tensor
+from driftscope.forward.architecture import op_order
 from driftscope.forward.evaluate import Value
 
 F32, Q8_0 = Subject("qwen2"), Subject("qwen2", "Q8_0", "int8-dot")
@@ -73,7 +73,7 @@ def test_what_comes_before_stays_and_the_named_op_changes(
 ) -> None:
     clean, faulty = pair(bench, name, subject, regime)
     spot = injection(name).first(bench.site(subject))
-    at = order_of(spot.layer, spot.tap)
+    at = op_order(spot.layer, spot.tap)
 
     changed = {
         place
@@ -83,7 +83,7 @@ def test_what_comes_before_stays_and_the_named_op_changes(
 
     assert (spot.layer, spot.tap) in changed
     skipped = injection(name).fault == "F10"
-    assert skipped or min(order_of(*place) for place in changed) == at
+    assert skipped or min(op_order(*place) for place in changed) == at
 
 
 def softmax(scores: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -429,13 +429,13 @@ def recorded_inputs(trace: Trace, layer: int, wanted: Sequence[int]) -> dict[str
 
     Scores of keys to come are left at zero: engines fill them differently.
     """
-    from driftscope.analysis.vote import ORDER
     from driftscope.engines.trace import RAGGED
+    from driftscope.forward.architecture import LAYER_TAPS
     from driftscope.forward.policy import WHOLE_MODEL
 
     rows = np.concatenate([np.arange(trace.batch.n_tokens)[trace.batch.slices[i]] for i in wanted])
     before = (layer - 1, "post_ffn_residual") if layer else (WHOLE_MODEL, "embedding")
-    places = {**{tap: (layer, tap) for tap in ORDER}, "layer_input": before}
+    places = {**{tap: (layer, tap) for tap in LAYER_TAPS}, "layer_input": before}
     found: dict[str, Value] = {}
     for name, place in places.items():
         if not trace.has(*place):

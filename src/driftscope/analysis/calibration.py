@@ -20,6 +20,7 @@ import numpy as np
 from driftscope.analysis.clean_engines import ORDERS, CleanEngine, Habits
 from driftscope.analysis.first_divergence import ALPHA, flags
 from driftscope.analysis.floors import Floors
+from driftscope.analysis.proportion import clopper_pearson
 from driftscope.analysis.random_models import Shape, random_weights, write_random_model
 from driftscope.forward.arithmetic import Arithmetic
 
@@ -214,13 +215,3 @@ def false_alarms(floors: Floors, runs: Sequence[Run], alpha: float = ALPHA) -> d
             for level in (0.1, 0.01, 0.001, 0.0001)
         },
     }
-
-
-def clopper_pearson(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact interval of a binomial probability (C. Clopper and E. Pearson, Biometrika 26, 1934)."""
-    from scipy.special import betaincinv
-
-    tail = (1.0 - confidence) / 2.0
-    low = float(betaincinv(hits, trials - hits + 1, tail)) if hits else 0.0
-    high = float(betaincinv(hits + 1, trials - hits, 1.0 - tail)) if hits < trials else 1.0
-    return low, high

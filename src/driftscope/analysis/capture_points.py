@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.analysis.first_divergence import ALPHA, Flag, order_of
+from driftscope.analysis.first_divergence import ALPHA, Flag
 from driftscope.analysis.floors import Floors
 from driftscope.engines.trace import PARTS
-from driftscope.forward.architecture import Op, embedding_op, head_ops, layer_ops, tap_name
+from driftscope.forward.architecture import Op, embedding_op, head_ops, layer_ops, op_order, tap_name
 from driftscope.forward.evaluate import Value
 from driftscope.forward.policy import WHOLE_MODEL
 
@@ -96,7 +96,7 @@ def capture_points(
     found: list[_Found] = []
     cleared: set[tuple[int, str, str]] = set()
     places = {flag.place for flag in flagged if flag.component == "engine"}
-    for layer, tap in sorted({place[:2] for place in places}, key=lambda place: order_of(*place)):
+    for layer, tap in sorted({place[:2] for place in places}, key=lambda place: op_order(*place)):
         parts = [part for part in PARTS.get(tap, ("",)) if (layer, tap, part) in places]
         if test.is_read_elsewhere(layer, tap):
             agreed = [part for part in parts if test.agrees(layer, tap, part)]

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from driftscope.analysis.floors import COMPONENTS, OP_KINDS, Floors
+from driftscope.analysis.floors import COMPONENTS, Floors
+from driftscope.forward.architecture import op_order
 from driftscope.forward.arithmetic import Arithmetic
-from driftscope.forward.policy import WHOLE_MODEL
 
 if TYPE_CHECKING:
     import polars as pl
@@ -18,9 +18,6 @@ ALPHA = 0.001
 
 NON_FINITE = "non_finite"
 
-_AFTER_THE_LAYERS = ("final_norm", "lm_head")
-_TAP_ORDER = {tap: number for number, tap in enumerate(OP_KINDS)}
-_PART_ORDER = {"": 0, "q": 0, "k": 1, "v": 2}
 _FEW_TOKENS = 4
 
 
@@ -105,13 +102,6 @@ class FirstDivergence:
             "one_position": self.one_position,
             "note": self.note,
         }
-
-
-def order_of(layer: int, tap: str, part: str = "") -> tuple[int, int, int]:
-    """A key that sorts ops topologically: embedding, the layers, final norm, LM head."""
-    if layer == WHOLE_MODEL and tap in _AFTER_THE_LAYERS:
-        layer = 2**31
-    return layer, _TAP_ORDER[tap], _PART_ORDER.get(part, 3)
 
 
 def flags(
@@ -207,7 +197,7 @@ def _note(wrong: set[int], clean: set[int]) -> str | None:
 
 def _by_place(flag: Flag) -> tuple[Any, ...]:
     score = float("inf") if flag.score is None else flag.score
-    return (*order_of(*flag.place), flag.tail, -score, flag.prompt, flag.component)
+    return (*op_order(*flag.place), flag.tail, -score, flag.prompt, flag.component)
 
 
 def _flag(row: Mapping[str, Any], statistic: str, p_value: float, tail: float) -> Flag:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from driftscope.engines.trace import RAGGED, Trace
 from driftscope.errors import InputError
-from driftscope.forward.architecture import tap_name
+from driftscope.forward.architecture import LAYER_TAPS, WHOLE_TAPS, op_order, tap_name
 from driftscope.forward.policy import WHOLE_MODEL
 
 F32 = NDArray[np.float32]
@@ -50,28 +50,15 @@ STATISTIC = (
     "tokens) over the median separation of the other sources without it"
 )
 
-ORDER = (
-    *("attn_norm", "qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attn_scores", "attn_softmax"),
-    *("attention", "attn_out", "post_attn_residual", "ffn_norm", "ffn_gate", "ffn_up", "ffn_silu"),
-    *("ffn_swiglu", "ffn_out", "post_ffn_residual"),
-)
-"""Taps of a layer as they run (`driftscope.forward.architecture.layer_ops`)."""
-
 Place = tuple[int, str]
 
 
 def topological(places: Iterable[Place]) -> list[Place]:
-    """Sort layers and taps as they run: embedding, layers, final norm, head."""
-    whole = {"embedding": -1, "final_norm": 1 << 30, "lm_head": 1 << 30}
-
-    def key(place: Place) -> tuple[int, int, str]:
-        layer, tap = place
-        if layer == WHOLE_MODEL:
-            return whole.get(tap, 1 << 30), ("embedding", "final_norm", "lm_head").index(tap), tap
-        return layer, ORDER.index(tap), tap
-
-    known = [(layer, tap) for layer, tap in places if tap in (whole if layer == WHOLE_MODEL else ORDER)]
-    return sorted(set(known), key=key)
+    """Sort layers and taps as they run; what is no tap of ours is left out."""
+    known = {
+        (layer, tap) for layer, tap in places if tap in (WHOLE_TAPS if layer == WHOLE_MODEL else LAYER_TAPS)
+    }
+    return sorted(known, key=lambda place: op_order(*place))
 
 
 def vote(

@@ -230,7 +230,7 @@ def _rows_table(
     from rich.table import Table
     from rich.text import Text
 
-    from driftscope.analysis.first_divergence import order_of
+    from driftscope.forward.architecture import op_order
 
     marks: dict[tuple[int, str, str, str], float] = {}
     for flag in flagged:
@@ -244,7 +244,7 @@ def _rows_table(
         worst.values(),
         key=lambda row: (
             _key(row) not in marks,
-            order_of(*_key(row)[:3]) if _key(row) in marks else (0,),
+            op_order(*_key(row)[:3]) if _key(row) in marks else (0,),
             -_height(row),
         ),
     )

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 
 from driftscope.engines.hooks import INPUT, OUTPUT, hooks, host_copy
 from driftscope.engines.trace import (
-    LAYER_TAPS,
     RAGGED,
-    WHOLE_TAPS,
     Trace,
     TraceManifest,
     TraceWriter,
@@ -27,7 +25,7 @@ from driftscope.engines.trace import (
     is_tap,
 )
 from driftscope.errors import InputError
-from driftscope.forward.architecture import tap_name
+from driftscope.forward.architecture import LAYER_TAPS, WHOLE_TAPS, tap_name
 from driftscope.forward.policy import WHOLE_MODEL
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from driftscope.artifacts.safetensors import StoredTensor, read_safetensors
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.errors import InputError
 from driftscope.evidence.atomic import replacing
-from driftscope.forward.architecture import tap_name
+from driftscope.forward.architecture import LAYER_TAPS, WHOLE_TAPS, tap_name
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.policy import WHOLE_MODEL
@@ -31,14 +31,6 @@ F32 = NDArray[np.float32]
 
 MANIFEST = "trace.json"
 FORMAT, VERSION = "driftscope-trace", 1
-
-LAYER_TAPS = (
-    *("attn_norm", "qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attn_scores", "attn_softmax"),
-    *("attention", "attn_out", "post_attn_residual", "ffn_norm", "ffn_gate", "ffn_up", "ffn_silu"),
-    *("ffn_swiglu", "ffn_out", "post_ffn_residual"),
-)
-WHOLE_TAPS = ("embedding", "final_norm", "lm_head")
-"""Every tap, of a layer and of the whole model, in the order of `driftscope.forward.architecture`."""
 
 RAGGED = ("attn_scores", "attn_softmax")
 """Taps whose width depends on the length of the sequence."""

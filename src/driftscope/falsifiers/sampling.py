@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.analysis.proportion import clopper_pearson
 from driftscope.errors import InputError
 
 F64 = NDArray[np.float64]
@@ -96,9 +97,5 @@ def share_with_interval(hits: int, count: int, resampling: Resampling) -> dict[s
     Returns:
         ``{value, low, high}``; no trial that hits has the low end 0, all that hit have the high end 1.
     """
-    from scipy.special import betaincinv
-
-    tail = (1.0 - resampling.confidence) / 2.0
-    low = 0.0 if hits == 0 else float(betaincinv(hits, count - hits + 1, tail))
-    high = 1.0 if hits == count else float(betaincinv(hits + 1, count - hits, 1.0 - tail))
+    low, high = clopper_pearson(hits, count, resampling.confidence)
     return {"value": rounded(hits / count), "low": rounded(low), "high": rounded(high)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from driftscope.analysis.calibration import clopper_pearson
+from driftscope.analysis.proportion import clopper_pearson
 
 Row = Mapping[str, Any]
 

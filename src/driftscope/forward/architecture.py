@@ -24,6 +24,19 @@ SITE_TENSORS = {
 """Module of each matmul site within a layer, in Hugging Face's names."""
 
 
+LAYER_TAPS = (
+    *("attn_norm", "qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attn_scores", "attn_softmax"),
+    *("attention", "attn_out", "post_attn_residual", "ffn_norm", "ffn_gate", "ffn_up", "ffn_silu"),
+    *("ffn_swiglu", "ffn_out", "post_ffn_residual"),
+)
+"""Taps of a layer, in topological order: those of `layer_ops`."""
+
+WHOLE_TAPS = ("embedding", "final_norm", "lm_head")
+"""Taps of the whole model, in topological order."""
+
+_PARTS = ("", "q", "k", "v")
+
+
 @dataclass(frozen=True)
 class Op:
     """One op of a model; its output is a tap.
@@ -62,6 +75,18 @@ class Tap:
 def tap_name(layer: int, tap: str) -> str:
     """Full name of a tap: ``embedding``, ``layers.3.ffn_swiglu``."""
     return tap if layer == WHOLE_MODEL else f"layers.{layer}.{tap}"
+
+
+def op_order(layer: int, tap: str, part: str = "") -> tuple[int, int, int]:
+    """A key that sorts ops topologically: embedding, the layers, final norm, LM head; q, k, v within a tap.
+
+    Raises:
+        ValueError: no such tap or part.
+    """
+    within = _PARTS.index(part)
+    if layer != WHOLE_MODEL:
+        return layer, LAYER_TAPS.index(tap), within
+    return (WHOLE_MODEL if tap == "embedding" else 2**31), WHOLE_TAPS.index(tap), within
 
 
 def embedding_op(config: ModelConfig) -> Op:
