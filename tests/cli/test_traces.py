@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -105,6 +106,23 @@ def test_every_engine_writes_a_trace(
     assert [ids for _, ids in trace.manifest.prompts] == [(5, 9, 200, 7, 7, 41, 300, 2), (3, 17, 90)]
     assert trace.has(2, "ffn_out")
     assert len(trace.manifest.model["sha256"]) == 64
+
+
+def test_stages_of_apr_become_a_trace(paths: dict[str, Path], driftscope: Runner, tmp_path: Path) -> None:
+    """A stage file: APRT, the layer, the count, little-endian float32."""
+    recorded = Trace(paths["clean"])
+    (_, ids), *_ = recorded.manifest.prompts
+    array = recorded.tap(1, "ffn_out")[: len(ids)]
+    stage = tmp_path / "apr" / "layer-1" / "ffn_out.bin"
+    stage.parent.mkdir(parents=True)
+    stage.write_bytes(b"APRT" + struct.pack("<II", 1, array.size) + array.astype("<f4").tobytes())
+    given = ("--engine", "apr", "--stages", tmp_path / "apr", "--ids", ",".join(map(str, ids)))
+    code, text, _ = driftscope("trace", paths["teacher"], *given, "--out", tmp_path / "t")
+    assert code == 0
+    assert f"{len(ids)} tokens of 1 prompt" in text
+    found = Trace(tmp_path / "t")
+    assert found.places == {(1, "ffn_out")}
+    assert np.array_equal(found.tap(1, "ffn_out"), array)
 
 
 def test_only_some_taps(paths: dict[str, Path], driftscope: Runner, tmp_path: Path) -> None:
@@ -253,6 +271,11 @@ def test_the_wrong_arithmetic_is_no_floor(paths: dict[str, Path], driftscope: Ru
         (
             ("trace", "{model.gguf}", *IDS, "--engine", "transformers", "--out", "{tmp}"),
             "a safetensors folder",
+        ),
+        (("trace", "{teacher}", *IDS, "--engine", "apr", "--out", "{tmp}"), "needs --stages"),
+        (
+            ("trace", "{teacher}", *IDS, "--engine", "apr", "--stages", "x", "--out", "{tmp}"),
+            "one prompt; got 2",
         ),
         (("trace", "{teacher}", "--prompts", "{clean}", "--out", "{tmp}"), "is not readable JSON"),
         (("compare", "{clean}", "{teacher}"), "trace.json"),

@@ -22,7 +22,8 @@ ALL_CORES = os.cpu_count() or 1
 _OPTIONS = {
     "own": {"path", "activation", "kv_type"},
     "llama.cpp": {"kv_type", "flash_attention", "no_repack", "batch_size"},
-    "transformers": {"dtype", "attention"},
+    "transformers": {"dtype", "attention", "device"},
+    "apr": {"stages"},
 }
 """Options that an engine takes."""
 
@@ -34,7 +35,7 @@ Layers = Annotated[
 def trace(
     model: Annotated[Path, typer.Argument(help="a GGUF file, a safetensors folder, or a manifest")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder to write")],
-    engine: Annotated[str, typer.Option(help="own, llama.cpp or transformers")] = "own",
+    engine: Annotated[str, typer.Option(help="own, llama.cpp, transformers or apr")] = "own",
     prompt: Annotated[list[str] | None, typer.Option(help="text, encoded by the model's tokenizer")] = None,
     ids: Annotated[list[str] | None, typer.Option(help="token ids, e.g. 1,2,3")] = None,
     prompts: Annotated[
@@ -43,12 +44,18 @@ def trace(
     taps: Annotated[list[str] | None, typer.Option(help="globs of the taps to keep; else all")] = None,
     path: Annotated[str, typer.Option(help="own: f32 or int8-dot; f32 by default")] = "",
     activation: Annotated[str, typer.Option(help="own: activation format instead of the path's")] = "",
-    kv_type: Annotated[str, typer.Option(help="own: f32, f16; llama.cpp: f16 (default), f32, q8_0")] = "",
+    kv_type: Annotated[
+        str, typer.Option(help="own: f32, f16; llama.cpp: f16 (default), f32, bf16, q8_0")
+    ] = "",
     flash_attention: Annotated[bool, typer.Option("--flash-attention", help="llama.cpp: fused")] = False,
     no_repack: Annotated[bool, typer.Option("--no-repack", help="llama.cpp: weights as stored")] = False,
     batch_size: Annotated[int, typer.Option(help="llama.cpp: tokens at once, 0 for all", min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="transformers: f32 (default), bf16 or f16")] = "",
     attention: Annotated[str, typer.Option(help="transformers: eager (default) or sdpa")] = "",
+    device: Annotated[str, typer.Option(help="transformers: cpu (default) or cuda")] = "",
+    stages: Annotated[
+        Path | None, typer.Option(help="apr: the folder that `apr trace --save-tensor` wrote; nothing is run")
+    ] = None,
     threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -64,6 +71,8 @@ def trace(
         "batch_size": batch_size,
         "dtype": dtype,
         "attention": attention,
+        "device": device,
+        "stages": stages,
     }
     given = {name: value for name, value in given.items() if value}
     if engine not in _OPTIONS:
@@ -255,7 +264,11 @@ def _run(
             raise InputError(f"{artifact.path}: is {artifact.container}; llama.cpp reads GGUF")
         repack = not given.pop("no_repack", False)
         options = llama_cpp.LlamaCppOptions(**given, repack=repack, threads=threads)
-        return llama_cpp.trace(artifact.path, encoded, out, options, taps=wanted, model=about)
+        return llama_cpp.trace(
+            artifact.path, encoded, out, options, taps=wanted, model=about, progress=advance
+        )
+    if engine == "apr":
+        return _converted(artifact, encoded, out, globs, given.get("stages"))
     from driftscope.engines import transformers
 
     if artifact.container != "safetensors":
@@ -264,6 +277,26 @@ def _run(
     return transformers.trace(
         artifact.path, encoded, out, chosen, wanted=wanted, about=about, progress=advance
     )
+
+
+def _converted(
+    artifact: Any,
+    encoded: list[tuple[str, tuple[int, ...]]],
+    out: Path,
+    globs: list[str],
+    stages: Path | None,
+) -> Trace:
+    """The trace of a run of apr that lies on disk."""
+    from driftscope.engines.aprt import convert_aprt
+
+    if stages is None:
+        raise InputError("--engine apr: needs --stages, the folder that `apr trace --save-tensor` wrote")
+    if len(encoded) != 1:
+        raise InputError(f"--engine apr: a folder of stages is of one prompt; got {len(encoded)}")
+    if globs != ["*"]:
+        raise InputError("--taps: is not for apr; every stage of the folder is taken")
+    ((prompt, ids),) = encoded
+    return convert_aprt(stages, ids, out, config=artifact.config, prompt=prompt)
 
 
 def _digest(artifact: Any) -> str:
