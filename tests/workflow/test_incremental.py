@@ -84,11 +84,13 @@ def test_a_changed_model_stops_until_it_is_locked_and_then_runs_all_that_reads_i
     assert done.returncode == 0, done.stderr
     models = {"fetch": 1, "derive": 2, "prompts": 1, "sweep_shard": 2, "sweep": 1, "weights": 1}
     traces = {"trace_chunk": 6, "trace": 3, "divergence_chunk": 2, "divergence": 1, "admissibility": 1}
+    replays = {"engine_trace": 2, "replay_chunk": 10, "diagnose": 5, "replay": 1}
+    replays |= {"propagation_pair": 4, "propagation": 1}
     energies = {"base_pass": 3, "counterfactuals": 2, "decompose": 1, "impact": 1, "fix_scope": 1}
     # A measurement that draws all it measures reads no model.
     affected = _measurements_that_read_evidence(case)
     judged = {"measure": affected, "judge": affected, "gates": 1, "published": 1, "report": 1}
-    assert jobs_planned(done) == models | traces | energies | judged
+    assert jobs_planned(done) == models | traces | replays | energies | judged
     assert case.evidence() == before
 
 

@@ -511,7 +511,7 @@ def test_attention_of_more_heads_than_blocks(kernels: CudaKernels, monkeypatch: 
 def test_a_pass_gives_the_same_taps(
     kernels: CudaKernels, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("driftscope.forward.model.kernels_on", lambda device, threads: kernels)
+    monkeypatch.setattr("driftscope.forward.ops.kernels_on", lambda device, threads: kernels)
     artifact = open_artifact(write_model(tmp_path / "model", "qwen2"))
     batch = TokenBatch.of([[3, 1, 4], [5, 9]])
     policy = Policy.uniform("teacher", path)
