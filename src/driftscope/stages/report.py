@@ -70,12 +70,16 @@ def collect(config: Config, results: Path, paths: tuple[str, ...]) -> dict[str, 
 
 def write(config: Config, results: Path, paths: tuple[str, ...], json_path: Path, html_path: Path) -> str:
     """Write the report of a results folder as JSON and as a page; return the verdict's class."""
+    from altair.utils.schemapi import debug_mode
+
     from driftscope.report.build import build_report
     from driftscope.report.evidence import ReportEvidence
     from driftscope.report.write import write_report
 
     report = build_report(cast(ReportEvidence, collect(config, results, paths)))
-    write_report(report, json_path, html_path)
+    # Altair checks every part of every chart, which takes longer than drawing them; the tests let it.
+    with debug_mode(False):
+        write_report(report, json_path, html_path)
     return str(report["verdict"]["class"])
 
 
