@@ -194,7 +194,8 @@ def flips(points: Sequence[Mapping[str, Any]]) -> Any:
 
 def values(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Return rows as a chart's data."""
-    return alt.Data(values=[dict(row) for row in rows])
+    # Altair copies lists deeply wherever charts are laid over each other, and leaves tuples as they are.
+    return alt.Data(values=tuple(dict(row) for row in rows))
 
 
 def _rows(shares: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str, Any]]:
