@@ -35,6 +35,17 @@ class YamlDocument:
         return 1
 
 
+# libyaml where PyYAML was built with it, five times as fast; its recursion is not Python's, which would end
+# in an error, so that the depth is looked at first.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_OPENING = (
+    *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+    *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+_DEEPEST = 64
+
+
 def load_yaml(path: Path) -> YamlDocument:
     """Read one YAML mapping.
 
@@ -57,12 +68,16 @@ def parse_yaml(text: str, path: Path) -> YamlDocument:
     """Parse the text of one YAML mapping; `path` names it in messages."""
     lines: dict[Location, int] = {}
     try:
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        depth = 0
+        for token in yaml.scan(text, Loader=_LOADER):
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
             if isinstance(token, yaml.AliasToken):
                 raise InputError(
                     f"{path}:{token.start_mark.line + 1}: uses an alias (*{token.value}); write it out"
                 )
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+            if depth > _DEEPEST:
+                raise InputError(f"{path}: is nested too deeply")
+        node = yaml.compose(text, Loader=_LOADER)
         if not isinstance(node, MappingNode):
             raise InputError(f"{path}: is not a mapping of keys; expected a contract")
         values = _plain(node, (), lines, path)
