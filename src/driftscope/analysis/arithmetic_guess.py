@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from driftscope.artifacts.model import Artifact
 from driftscope.engines.trace import Trace
 from driftscope.errors import InputError
-from driftscope.forward.architecture import site_tensor
+from driftscope.forward.architecture import SITE_INPUTS, SITE_OUTPUTS, site_tensor
 from driftscope.forward.arithmetic import Arithmetic, round_to
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.evaluate import DeclaredOps, Value
 from driftscope.forward.ops import Ops
+from driftscope.forward.policy import LAYER_SITES
 from driftscope.kernels.activations import quantize_activation
 from driftscope.kernels.dequantize import dequantize
 from driftscope.kernels.formats import format_of
@@ -49,17 +50,6 @@ TOKENS, ROWS = 24, 96
 
 ATTENTION_TOKENS = 128
 """Tokens over which scores and weighted sums are computed again, at least one prompt."""
-
-_SITES = (
-    ("q", "attn_norm", "qkv_matmul"),
-    ("k", "attn_norm", "qkv_matmul"),
-    ("v", "attn_norm", "qkv_matmul"),
-    ("o", "attention", "attn_out"),
-    ("gate", "ffn_norm", "ffn_gate"),
-    ("up", "ffn_norm", "ffn_up"),
-    ("down", "ffn_swiglu", "ffn_out"),
-)
-"""Matmul site, its input and its output."""
 
 _INTEGER = ("q8_0", "q8_1", "q8_K", "apr_q8k")
 _ROUNDINGS = ("f16", "bf16", *_INTEGER)
@@ -214,7 +204,8 @@ def products_of(trace: Trace, artifact: Artifact, layer: int) -> Iterator[Produc
     widths = {"q": config.num_heads * config.head_dim}
     widths["k"] = widths["v"] = config.num_kv_heads * config.head_dim
     begins = {"q": 0, "k": widths["q"], "v": widths["q"] + widths["k"]}
-    for site, source, tap in _SITES:
+    for site in LAYER_SITES:
+        source, tap = SITE_INPUTS[site], SITE_OUTPUTS[site]
         biased = tap == "qkv_matmul" and not trace.has(layer, tap)
         output = "qkv_bias" if biased else tap
         name = site_tensor(config, layer, site)

@@ -10,6 +10,7 @@ import numpy as np
 from driftscope.analysis.capture_points import CaptureReport, capture_points
 from driftscope.analysis.first_divergence import ALPHA, Flag, first_divergence, flags
 from driftscope.analysis.floors import OP_KINDS, Floors
+from driftscope.analysis.noise import COMPONENTS
 from driftscope.analysis.skipped_layers import skipped_layers
 from driftscope.artifacts.model import Artifact
 from driftscope.errors import InputError
@@ -25,8 +26,6 @@ NEARLY_AS_GOOD = 100.0
 FITS = {"f32": 1e-11, "f16": 1e-7, "bf16": 1e-7}
 """Typical NMSE of the matmuls up to which an arithmetic explains all of them: the order of float32
 sums or, where outputs are rounded, results that fall on the other side of a step."""
-
-COMPONENTS = ("engine", "arithmetic", "model")
 
 
 def diagnose(

@@ -146,7 +146,7 @@ def flags(
         if largest > alpha:
             break
         if index not in found or statistic == NON_FINITE:
-            found[index] = _flag(judged[index], statistic, largest, tail)
+            found[index] = flag_of(judged[index], statistic, largest, tail)
     return sorted(found.values(), key=_by_place)
 
 
@@ -200,7 +200,8 @@ def _by_place(flag: Flag) -> tuple[Any, ...]:
     return (*op_order(*flag.place), flag.tail, -score, flag.prompt, flag.component)
 
 
-def _flag(row: Mapping[str, Any], statistic: str, p_value: float, tail: float) -> Flag:
+def flag_of(row: Mapping[str, Any], statistic: str, p_value: float, tail: float) -> Flag:
+    """The flag of a row of the ``replay`` table; `statistic` is the column of its score, or `NON_FINITE`."""
     signal = row["signal_energy"]
     predicted = row["predicted_energy"]
     return Flag(

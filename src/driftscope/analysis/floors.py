@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from driftscope.engines.trace import RAGGED
 from driftscope.errors import InputError
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.policy import WHOLE_MODEL
@@ -71,8 +72,6 @@ OP_KINDS: Mapping[str, str] = {
     "lm_head": "matmul",
 }
 """Kind of each tap's op, in topological order."""
-
-RAGGED = ("attn_scores", "attn_softmax")
 
 _SITES = {"attn_out": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_out": "down", "lm_head": "lm_head"}
 _READ_KEYS_OR_VALUES = ("attn_scores", "attention")

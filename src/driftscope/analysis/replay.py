@@ -22,11 +22,19 @@ from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import ROPE_FREQS
 from driftscope.engines.trace import PARTS, RAGGED, Trace
 from driftscope.errors import InputError
-from driftscope.forward.architecture import Op, embedding_op, head_ops, layer_ops, site_shape, site_tensor
+from driftscope.forward.architecture import (
+    Op,
+    embedding_op,
+    head_ops,
+    layer_ops,
+    op_order,
+    site_shape,
+    site_tensor,
+)
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.evaluate import DeclaredOps, Value
 from driftscope.forward.exact import ExactOps, ExactValue
-from driftscope.forward.ops import Ops
+from driftscope.forward.ops import Ops, check_same_shape
 from driftscope.forward.policy import MATMUL_SITES, WHOLE_MODEL
 from driftscope.forward.rounded import rounded
 
@@ -206,7 +214,7 @@ class Replayer:
             "exact": _Side(ExactOps(own, threads=threads)),
         }
         if reference is not None:
-            _check_one_model(own, reference)
+            check_same_shape(reference, own)
             self._sides["reference"] = _Side(ExactOps(reference, threads=threads))
         options = trace.manifest.engine.get("options")
         fused = isinstance(options, Mapping) and bool(options.get("flash_attention"))
@@ -225,7 +233,7 @@ class Replayer:
             layers: only these, of which -1 is the embedding and the head; None for all.
         """
         wanted = None if layers is None else set(layers)
-        order = sorted(self._ops, key=lambda place: self._order(*place))
+        order = sorted(self._ops, key=lambda place: op_order(*place))
         return [
             (layer, tap, part)
             for layer, tap in order
@@ -293,11 +301,6 @@ class Replayer:
         for place in self.places(layers):
             rows += op_rows(self.op(*place), self.trace, self.components, path or self.trace.name)
         return rows
-
-    def _order(self, layer: int, tap: str) -> tuple[int, int]:
-        if layer != WHOLE_MODEL:
-            return layer, [op.tap for op in layer_ops(self.config)].index(tap)
-        return (-1, 0) if tap == "embedding" else (self.config.num_layers, 0 if tap == "final_norm" else 1)
 
     def _has(self, layer: int, tap: str) -> bool:
         return (layer, tap) in self._overrides or self.trace.has(layer, tap)
@@ -504,13 +507,3 @@ def _same_bytes(a: Artifact, b: Artifact, name_a: str, name_b: str) -> bool:
     if (x.dtype, x.shape, x.rope_heads) != (y.dtype, y.shape, y.rope_heads):
         return False
     return np.array_equal(x.raw(), y.raw())
-
-
-def _check_one_model(own: Artifact, reference: Artifact) -> None:
-    shape = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
-    for name in (*shape, "vocab_size", "attention_bias", "qk_norm"):
-        a, b = getattr(own.config, name), getattr(reference.config, name)
-        if a != b:
-            raise InputError(
-                f"{own.path}: {name} is {a}, but {b} in {reference.path}; expected two artifacts of one model"
-            )

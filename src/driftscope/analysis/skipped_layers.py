@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from driftscope.analysis.first_divergence import Flag
+from driftscope.analysis.first_divergence import Flag, flag_of
 from driftscope.analysis.floors import Floors
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.policy import WHOLE_MODEL
@@ -46,7 +47,7 @@ def skipped_layers(
     Returns:
         One flag a prompt and gap; none where the trace merely does not say what the layers did.
     """
-    from driftscope.analysis.replay import Replayer
+    from driftscope.analysis.replay import Replayer, op_rows
 
     trace, found = replayer.trace, []
     for before, after in _gaps(replayer):
@@ -63,7 +64,7 @@ def skipped_layers(
             overrides={(after - 1, "post_ffn_residual"): trace.tap(*source)},
         )
         without = {
-            row["prompt"]: row for row in past.rows([reader[0]]) if (row["layer"], row["tap"]) == reader
+            row["prompt"]: row for row in op_rows(past.op(*reader), trace, past.components, trace.name)
         }
         for row in rows:
             if (row["layer"], row["tap"], row["component"]) != (*reader, "engine"):
@@ -72,7 +73,7 @@ def skipped_layers(
             if other is None or row["nmse"] is None or other["nmse"] is None:
                 continue
             if floors.tail_probability(other, arithmetic) > alpha and row["nmse"] > _FARTHER * other["nmse"]:
-                found.append(_flag(row))
+                found.append(replace(flag_of(row, "score", 0.0, 0.0), statistic=SKIPPED))
     return found
 
 
@@ -83,24 +84,3 @@ def _gaps(replayer: Replayer) -> list[tuple[int, int]]:
         return []
     edges = [-1, *recorded, replayer.config.num_layers]
     return [(a, b) for a, b in itertools.pairwise(edges) if b - a > 1]
-
-
-def _flag(row: Mapping[str, Any]) -> Flag:
-    signal, predicted = row["signal_energy"], row["predicted_energy"]
-    return Flag(
-        path=row["path"],
-        prompt=row["prompt"],
-        layer=row["layer"],
-        tap=row["tap"],
-        part=row["part"],
-        component="engine",
-        statistic=SKIPPED,
-        p_value=0.0,
-        tail=0.0,
-        score=row["score"],
-        nmse=row["nmse"],
-        predicted_nmse=predicted / signal if signal and predicted is not None else None,
-        token_count=row["token_count"],
-        position=row["worst_position"],
-        channel=row["worst_channel"],
-    )

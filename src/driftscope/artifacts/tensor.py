@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,3 +76,8 @@ class TensorRef:
         stored = np.arange(self.n_rows, dtype=np.int64)
         head_dim = self.n_rows // self.rope_heads
         return stored.reshape(self.rope_heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def described(ref: TensorRef) -> dict[str, Any]:
+    """What a tensor is, by the names of `TensorRef`'s fields: for tensors that are read in another way."""
+    return {item.name: getattr(ref, item.name) for item in fields(TensorRef)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -465,8 +465,3 @@ def _mapping(document: Mapping[str, Any], key: str, where: str) -> Mapping[str, 
 
 def _is_plain(name: Any) -> bool:
     return isinstance(name, str) and _FILE.fullmatch(name) is not None
-
-
-def missing_places(trace: Trace, wanted: Iterable[tuple[int, str]]) -> list[str]:
-    """Full names of the taps of `wanted` that a trace does not have."""
-    return [tap_name(layer, tap) for layer, tap in wanted if not trace.has(layer, tap)]

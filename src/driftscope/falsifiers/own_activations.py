@@ -11,18 +11,12 @@ from numpy.typing import NDArray
 
 from driftscope.artifacts.model import Artifact
 from driftscope.falsifiers.super_block import F32
+from driftscope.forward.architecture import SITE_INPUTS
+from driftscope.forward.policy import LAYER_SITES
 
 PROMPTS = "prompts.json"
 
-INPUT_TAPS: Mapping[str, str] = {
-    "q": "attn_norm",
-    "k": "attn_norm",
-    "v": "attn_norm",
-    "o": "attention",
-    "gate": "ffn_norm",
-    "up": "ffn_norm",
-    "down": "ffn_swiglu",
-}
+INPUT_TAPS: Mapping[str, str] = {site: SITE_INPUTS[site] for site in LAYER_SITES}
 """Matmul site to the tap that is its input."""
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from driftscope.artifacts.derive.quantize import quantize
 from driftscope.artifacts.model import Artifact
-from driftscope.artifacts.tensor import TensorRef
+from driftscope.artifacts.tensor import TensorRef, described
 from driftscope.kernels.dequantize import dequantize
 
 F32 = NDArray[np.float32]
@@ -86,7 +86,7 @@ def with_config(artifact: Artifact, **changes: object) -> Artifact:
 
 def _edited(ref: TensorRef, rows: U8, shape: tuple[int, ...] | None = None) -> EditedTensor:
     rows = np.ascontiguousarray(rows)
-    fields = {item.name: getattr(ref, item.name) for item in dataclasses.fields(TensorRef)}
+    fields = described(ref)
     fields |= {"rope_heads": 0, "nbytes": rows.nbytes, "shape": shape or ref.shape}
     # Who asks whether two tensors are the same bytes looks at file and offset first.
     fields |= {"file": Path(f"memory-{hashlib.sha256(rows.tobytes()).hexdigest()}"), "offset": 0}

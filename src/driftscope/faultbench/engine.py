@@ -81,8 +81,7 @@ class InterleavedPairs(FaultyPass):
     def turned(self, layer: int, site: str, y: F32, batch: TokenBatch) -> F32:
         if not self.hit(layer):
             return super().turned(layer, site, y, batch)
-        tables = self._rope_tables(batch.longest)
-        turned: F32 = self.kernels.rope(y, *tables, batch.positions, interleaved=True)
+        turned: F32 = self.kernels.rope(y, *self._rotation_of(batch), interleaved=True)
         return turned
 
 

@@ -107,11 +107,6 @@ class Workbench:
         self._candidate = candidate
         self._open: dict[tuple[str, str, int], Artifact] = {}
 
-    @property
-    def has_default(self) -> bool:
-        """Whether the default model takes part."""
-        return self._default is not None
-
     def artifact(self, model: str, scheme: str = "F32", seed: int = 0) -> Artifact:
         """A model in a format; rows in canonical order."""
         key = (model, scheme, seed)

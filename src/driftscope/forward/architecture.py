@@ -37,6 +37,26 @@ WHOLE_TAPS = ("embedding", "final_norm", "lm_head")
 _PARTS = ("", "q", "k", "v")
 
 
+SITE_INPUTS = {
+    **dict.fromkeys(("q", "k", "v"), "attn_norm"),
+    "o": "attention",
+    **dict.fromkeys(("gate", "up"), "ffn_norm"),
+    "down": "ffn_swiglu",
+    "lm_head": "final_norm",
+}
+"""Tap that each matmul site reads."""
+
+SITE_OUTPUTS = {
+    **dict.fromkeys(("q", "k", "v"), "qkv_matmul"),
+    "o": "attn_out",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_out",
+    "lm_head": "lm_head",
+}
+"""Tap that each matmul site's product is in."""
+
+
 @dataclass(frozen=True)
 class Op:
     """One op of a model; its output is a tap.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.artifacts.model import Artifact
-from driftscope.artifacts.tensor import TensorRef
+from driftscope.artifacts.tensor import TensorRef, described
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,5 @@ class _MappedTensor(TensorRef):
 
 def mapped(artifact: Artifact) -> Artifact:
     """Return the same artifact with tensors that stay mapped as long as it is held."""
-    tensors = {
-        name: _MappedTensor(**{item.name: getattr(ref, item.name) for item in dataclasses.fields(TensorRef)})
-        for name, ref in artifact.tensors.items()
-    }
+    tensors = {name: _MappedTensor(**described(ref)) for name, ref in artifact.tensors.items()}
     return dataclasses.replace(artifact, tensors=tensors)

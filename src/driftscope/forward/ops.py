@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from driftscope.forward.policy import MATMUL_SITES, WHOLE_MODEL, Policy
 from driftscope.forward.rotary import longest_sequence, rope_frequencies, rope_scale
 from driftscope.forward.weights import Weights
 from driftscope.kernels.device import kernels_on
+from driftscope.kernels.forward import to_f16
+from driftscope.kernels.matmul import matmul_f32
 
 F32 = NDArray[np.float32]
 
@@ -67,13 +70,13 @@ class Ops:
         self.kernels = kernels_on(device, threads)
         self._weights = {role: Weights(artifacts[role], self.kernels) for role in policy.artifacts}
         for role in policy.artifacts:
-            _check_same_shape(artifacts[policy.base.artifact], artifacts[role])
+            check_same_shape(artifacts[policy.base.artifact], artifacts[role])
         base = self._weights[policy.base.artifact]
         half = self.config.head_dim // 2
         stored = ROPE_FREQS in base.artifact.tensors
         factors = self.kernels.to_host(base.vector(ROPE_FREQS, half)) if stored else None
         self._frequencies = rope_frequencies(self.config, factors)
-        self._tables: tuple[int, F32, F32] | None = None
+        self._rotation: tuple[TokenBatch, tuple[F32, F32, Any]] | None = None
 
     def embedding(self, batch: TokenBatch) -> F32:
         """Embedding rows of the tokens as ``float32[n_tokens, hidden_size]``, on the host.
@@ -121,9 +124,7 @@ class Ops:
         if self.config.qk_norm:
             name = f"model.layers.{layer}.self_attn.{site}_norm.weight"
             y = self._norm(y, layer, name, self.config.head_dim)
-        found: F32 = self.kernels.rope(
-            y, *self._rope_tables(batch.longest), self.kernels.to_device(batch.positions)
-        )
+        found: F32 = self.kernels.rope(y, *self._rotation_of(batch))
         return found
 
     def scores(self, layer: int, q: F32, k: F32) -> F32:
@@ -156,9 +157,6 @@ class Ops:
         Returns:
             ``float32[t, heads * head_dim]``, with the bits of `attend` but for the sign of zeros.
         """
-        from driftscope.kernels.forward import to_f16
-        from driftscope.kernels.matmul import matmul_f32
-
         if self.policy.kv_type == "f16":
             weights, v = to_f16(weights), to_f16(v)
         length, head_dim = v.shape[0], self.config.head_dim
@@ -236,14 +234,20 @@ class Ops:
         found: F32 = self.kernels.rms_norm(x, weight, self.config.rms_norm_eps)
         return found
 
-    def _rope_tables(self, length: int) -> tuple[F32, F32]:
-        if self._tables is None or self._tables[0] != length:
-            scale = rope_scale(self.config)
-            self._tables = (length, *self.kernels.rope_tables(self._frequencies, length, scale=scale))
-        return self._tables[1], self._tables[2]
+    def _rotation_of(self, batch: TokenBatch) -> tuple[F32, F32, Any]:
+        """Cosines, sines and positions, which every layer of a batch turns by."""
+        if self._rotation is None or self._rotation[0] is not batch:
+            tables = self.kernels.rope_tables(self._frequencies, batch.longest, scale=rope_scale(self.config))
+            self._rotation = (batch, (*tables, self.kernels.to_device(batch.positions)))
+        return self._rotation[1]
 
 
-def _check_same_shape(a: Artifact, b: Artifact) -> None:
+def check_same_shape(a: Artifact, b: Artifact) -> None:
+    """Check that two artifacts are of one model, as far as their hyperparameters say.
+
+    Raises:
+        InputError: they differ in one that decides a shape.
+    """
     for name in _SHARED_FIELDS:
         if getattr(a.config, name) != getattr(b.config, name):
             raise InputError(

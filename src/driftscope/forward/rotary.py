@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Context, Decimal
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,7 @@ def exact_frequencies(config: ModelConfig, factors: NDArray[np.float32] | None =
 def _frequencies(config: ModelConfig, factors: NDArray[np.float32] | None, real: Any) -> Any:
     half = config.head_dim // 2
     exponents = (np.arange(half, dtype=real) * real(2)) / real(config.head_dim)
-    theta = Decimal(float(config.rope_theta))
-    exact = [_EXACT.power(theta, Decimal(float(exponent))) for exponent in exponents]
+    exact = [_power(float(config.rope_theta), float(exponent)) for exponent in exponents]
     powers = np.array(exact, np.float64).astype(real)
     frequencies = real(1) / powers
     if factors is not None:
@@ -79,6 +79,12 @@ def _frequencies(config: ModelConfig, factors: NDArray[np.float32] | None, real:
             "tensor rope_freqs.weight is missing, which the RoPE scaling of the model is stored in"
         )
     raise InputError(f"RoPE scaling {kind!r} has no forward pass; expected default, linear, llama3 or yarn")
+
+
+@lru_cache(maxsize=4096)
+def _power(base: float, exponent: float) -> float:
+    """To 40 digits, rounded once: slow, and the same for each pass of a model."""
+    return float(_EXACT.power(Decimal(base), Decimal(exponent)))
 
 
 def rope_scale(config: ModelConfig) -> float:

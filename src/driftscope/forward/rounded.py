@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import ROPE_FREQS
-from driftscope.artifacts.tensor import TensorRef
+from driftscope.artifacts.tensor import TensorRef, described
 from driftscope.forward.arithmetic import round_to
 from driftscope.kernels.dequantize import dequantize
 
@@ -37,7 +37,7 @@ def rounded(artifact: Artifact, dtype: str) -> Artifact:
         return artifact
     tensors = {}
     for name, ref in artifact.tensors.items():
-        values = {item.name: getattr(ref, item.name) for item in dataclasses.fields(TensorRef)}
+        values = described(ref)
         keep = ref.dtype == dtype.upper() or name == ROPE_FREQS
         tensors[name] = (
             ref if keep else _RoundedTensor(**{**values, "dtype": dtype.upper()}, _stored=ref.dtype)

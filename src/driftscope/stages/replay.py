@@ -181,6 +181,6 @@ def _guess(
 
 
 def _plain(file: Path) -> dict[str, Any]:
-    document = read_json(file)
-    document.pop("evidence", None)
-    return document
+    from driftscope.report.evidence import plain
+
+    return plain(read_json(file))

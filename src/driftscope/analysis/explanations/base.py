@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.artifacts.model import Artifact, ModelConfig
+from driftscope.engines.trace import RAGGED
 from driftscope.forward.architecture import tap_name
 from driftscope.forward.arithmetic import Arithmetic, round_to
 from driftscope.forward.batch import TokenBatch
@@ -249,7 +250,6 @@ class Energies:
 
 
 _BY_SEQUENCE = ("attn_scores", "attn_softmax", "attention")
-_RAGGED = ("attn_scores", "attn_softmax")
 
 
 class Case:
@@ -286,7 +286,7 @@ class Case:
             self.artifact = context.reference or context.own
         self.config = self.artifact.config
         self.batch = context.trace.batch
-        self.ragged = op.tap in _RAGGED
+        self.ragged = op.tap in RAGGED
         per_token = _error_per_token(found, wanted)
         self.sequences = tuple(range(self.batch.n_sequences))
         if op.tap in _BY_SEQUENCE:

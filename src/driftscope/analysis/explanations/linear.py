@@ -8,20 +8,12 @@ from functools import cached_property
 import numpy as np
 
 from driftscope.analysis.explanations.base import F32, F64, I64, Case
-from driftscope.forward.architecture import site_tensor
+from driftscope.engines.trace import PARTS
+from driftscope.forward.architecture import SITE_INPUTS, SITE_OUTPUTS, site_tensor
 from driftscope.forward.policy import WHOLE_MODEL
 
-SITE_INPUTS = {
-    "q": "attn_norm",
-    "k": "attn_norm",
-    "v": "attn_norm",
-    "o": "attention",
-    "gate": "ffn_norm",
-    "up": "ffn_norm",
-    "down": "ffn_swiglu",
-    "lm_head": "final_norm",
-}
-SITE_TAPS = {"attn_out": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_out": "down", "lm_head": "lm_head"}
+_SITES = {tap: site for site, tap in SITE_OUTPUTS.items() if tap not in PARTS}
+"""Taps that hold one site's product."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Linear:
     @classmethod
     def _of(cls, case: Case) -> Linear | None:
         op = case.op
-        site = op.part if op.tap in ("qkv_matmul", "qkv_bias") else SITE_TAPS.get(op.tap, "")
+        site = op.part if op.tap in PARTS else _SITES.get(op.tap, "")
         if not site:
             return None
         found = cls(case, site, op.tap == "qkv_bias" and case.config.attention_bias)
@@ -107,10 +99,6 @@ class Linear:
                 threads=self.case.context.threads,
             )
         return found.astype(np.float64)
-
-    def of_weight(self, weight: F32) -> F64:
-        """What the op gives with another weight of the same shape."""
-        return self.case.output((self.times(weight) + self.bias()).astype(np.float32)).astype(np.float64)
 
     def of_tensor(self, name: str, rows: I64 | None = None, tokens: I64 | None = None) -> F64:
         """What the op gives with another tensor's weights and, where the op has one, its bias."""
