@@ -15,13 +15,25 @@ class ModelConfig:
     """Hyperparameters in Hugging Face's terms; units are counts unless said otherwise.
 
     Attributes:
-        architecture: Hugging Face's ``model_type`` (``llama``, ``mistral``, ``qwen2``, ``qwen3``).
+        architecture: Hugging Face's ``model_type`` (``llama``, ``mistral``, ``qwen2``, ``qwen3``,
+            ``gemma2``, ``gemma3_text``, ``phi3``).
         rms_norm_eps: added to the mean square before the root.
         rope_theta: base of the rotary frequencies.
         rope_scaling: Hugging Face's ``rope_parameters``/``rope_scaling`` without theta, or None.
         attention_bias: biases on q, k and v.
         qk_norm: RMSNorm over the head dimension of q and k, before RoPE.
         sliding_window: tokens that a query sees, itself included, or None.
+        sliding_layers: ascending numbers of the layers that the window holds for, or None for all of them.
+        local_rope_theta: base of the rotary frequencies of the layers with the window, which are then not
+            scaled; None where all layers turn alike.
+        rotary_dim: leading channels of a head that RoPE turns, or None for all.
+        activation: of the gate: ``silu`` or ``gelu_tanh``.
+        norm_offset: added to every norm's weight before it multiplies.
+        post_norms: RMSNorm on the output of the attention and of the MLP too, before the residual.
+        embedding_scale: factor of the embedding rows.
+        attention_scale: factor of the scores, or None for ``head_dim ** -0.5``.
+        attention_softcap: scores become ``cap * tanh(score / cap)``, or None.
+        logit_softcap: the same of the logits, or None.
     """
 
     architecture: str
@@ -40,6 +52,22 @@ class ModelConfig:
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] | None = None
+    local_rope_theta: float | None = None
+    rotary_dim: int | None = None
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of a layer sees, itself included, or None for all before it."""
+        if self.sliding_layers is not None and layer not in self.sliding_layers:
+            return None
+        return self.sliding_window
 
 
 @dataclass(frozen=True)

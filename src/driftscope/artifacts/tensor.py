@@ -27,6 +27,10 @@ class TensorRef:
         rope_heads: number of heads when the stored rows are in the interleaved order that GGUF uses
             for the q and k projections of llama-like models, else 0. Canonical row ``i`` is stored
             row ``row_order()[i]``.
+        value_offset: what the container adds to each value; a stored value is the canonical one plus it. GGUF
+            stores the norm weights of gemma plus one.
+        stored_rows: first and end row in the stored tensor where this is a part of a fused one (q, k and v,
+            or gate and up, in one matrix), else None; `offset` and `nbytes` are those of the part.
     """
 
     name: str
@@ -37,6 +41,8 @@ class TensorRef:
     offset: int
     nbytes: int
     rope_heads: int = 0
+    value_offset: float = 0.0
+    stored_rows: tuple[int, int] | None = None
 
     @property
     def n_elements(self) -> int:
