@@ -45,6 +45,11 @@ class TensorRef:
     stored_rows: tuple[int, int] | None = None
 
     @property
+    def stored_dtype(self) -> str:
+        """What the file holds: `dtype`, but for a tensor whose `raw` gives it in another format."""
+        return self.dtype
+
+    @property
     def n_elements(self) -> int:
         """Number of values."""
         count = 1

@@ -19,11 +19,12 @@ from driftscope.kernels.dequantize import dequantize
 class _RoundedTensor(TensorRef):
     """A tensor that is rounded when it is read, a tensor at a time; its rows stay where they are."""
 
-    _stored: str = field(default="F32", repr=False)
+    _of: TensorRef = field(kw_only=True, repr=False)
 
     def raw(self) -> NDArray[np.uint8]:
         """The rounded values' bytes as ``uint8[n_rows, bytes_per_row]``."""
-        values = round_to(dequantize(np.ascontiguousarray(super().raw()), self._stored), self.dtype.lower())
+        stored = dequantize(np.ascontiguousarray(self._of.raw()), self._of.dtype)
+        values = round_to(stored, self.dtype.lower())
         if self.dtype == "F16":
             with np.errstate(over="ignore"):
                 return values.astype("<f2").view(np.uint8)
@@ -39,7 +40,5 @@ def rounded(artifact: Artifact, dtype: str) -> Artifact:
     for name, ref in artifact.tensors.items():
         values = described(ref)
         keep = ref.dtype == dtype.upper() or name == ROPE_FREQS
-        tensors[name] = (
-            ref if keep else _RoundedTensor(**{**values, "dtype": dtype.upper()}, _stored=ref.dtype)
-        )
+        tensors[name] = ref if keep else _RoundedTensor(**{**values, "dtype": dtype.upper()}, _of=ref)
     return dataclasses.replace(artifact, tensors=tensors)
