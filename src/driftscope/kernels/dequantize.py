@@ -1,4 +1,4 @@
-"""Dequantize rows of any format to f32, bit for bit as ggml's ``dequantize_row_*`` does."""
+"""Dequantize rows of any format to f32, bit for bit as ggml's ``dequantize_row_*`` does where ggml has it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.kernels.float8 import widen_float8
 from driftscope.kernels.float_vectors import (
     scale_16,
     scale_16_add,
@@ -48,6 +49,8 @@ def dequantize(raw: NDArray[np.uint8], dtype: str, *, threads: int = 1) -> NDArr
     if dtype in ("F32", "F64"):
         return _stored_floats(raw, dtype)
     raw, n_columns = check_raw(raw, dtype)
+    if layout.ggml_type < 0:
+        return widen_float8(raw, dtype, threads=threads)
     out = np.empty((raw.shape[0], n_columns), np.float32)
     slab = slab_rows(n_columns)
     if not layout.is_integer:

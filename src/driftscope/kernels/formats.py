@@ -1,4 +1,4 @@
-"""The storage formats of weights, by their ggml names."""
+"""The storage formats of weights, by their ggml names; those that ggml lacks, by their safetensors names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class BlockFormat:
     """How a row of values is laid out in bytes, and how ggml multiplies with it.
 
     Attributes:
-        name: ggml's name, e.g. ``Q4_K``.
-        ggml_type: ggml's number of the type (``enum ggml_type``).
+        name: ggml's name, e.g. ``Q4_K``, or safetensors' for floats of eight bits, e.g. ``F8_E4M3``.
+        ggml_type: ggml's number of the type (``enum ggml_type``); negative where it has none.
         block_size: values in a block; a row is a whole number of blocks.
         block_bytes: bytes of a block.
         activation: activation format that ggml's CPU backend converts the other factor to
@@ -75,15 +75,29 @@ FORMATS: dict[str, BlockFormat] = {
         _other("TQ1_0", 34, 256, 54),
         _other("TQ2_0", 35, 256, 66),
         _other("NVFP4", 40, 64, 36),
+        BlockFormat("F8_E4M3", -1, 1, 1, "none"),
+        BlockFormat("F8_E5M2", -2, 1, 1, "none"),
+        BlockFormat("F8_E4M3FNUZ", -3, 1, 1, "none"),
+        BlockFormat("F8_E5M2FNUZ", -4, 1, 1, "none"),
+        BlockFormat("F8_E8M0", -5, 1, 1, "none"),
     )
 }
 
+# Formats that files hold and whose values nothing here turns into weights: integers, ggml's intermediate
+# format of activations, and types that the gguf package knows by name only.
+UNDECODED: tuple[str, ...] = ("I8", "I16", "I32", "I64", "Q8_1", "Q1_0", "Q2_0")
+
 
 def format_of(name: str) -> BlockFormat:
-    """The format called `name`; `InputError` where there is none."""
+    """The format called `name`; `InputError` where there is none, or none whose values can be read."""
     try:
         return FORMATS[name]
     except KeyError:
+        if name in UNDECODED:
+            raise InputError(
+                f"values of the format {name} cannot be read as weights: neither driftscope nor the gguf "
+                "package decodes it"
+            ) from None
         raise InputError(f"tensor format {name!r} is not known; known are {', '.join(FORMATS)}") from None
 
 
