@@ -183,7 +183,7 @@ def test_unlike_shapes_are_not_compared(tmp_path: Path, shape: tuple[int, int], 
     b = replace(b, tensors={EMBEDDING: b.tensors["b"], HEAD: b.tensors[HEAD]})
     row = compare_tensor(a.tensors[EMBEDDING], b.tensors[EMBEDDING])
     assert (row["status"], row["compared_count"], row["nmse"]) == (status, 0, None)
-    assert relation_of(row, BAND) == "different"
+    assert relation_of(row, BAND).name == "different"
     assert judged(a, b)["conclusion"] == "incomplete"
 
 
@@ -218,8 +218,8 @@ def test_missing_extra_and_unmapped_tensors_are_listed(tmp_path: Path) -> None:
     assert (found["unmapped_a"], found["unmapped_b"]) == (["a", "z"], [])
     assert found["coverage"] == {"expected": 2, "compared": 1}
     assert found["metadata_differences"] == [
-        {"key": "rms_norm_eps", "a": 1e-5, "b": 1e-6},
-        {"key": "rope_scaling", "a": None, "b": {"factor": 8.0}},
+        {"key": "rms_norm_eps", "a": 1e-5, "b": 1e-6, "changes": "forward-pass", "matters": True},
+        {"key": "rope_scaling", "a": None, "b": {"factor": 8.0}, "changes": "forward-pass", "matters": True},
     ]
     assert judged(a, b)["conclusion"] == "incomplete"
 

@@ -105,7 +105,7 @@ class Controls:
             trace = record(forward, self._bench.prompts("qwen2", "short"), subject.arithmetic)
             found = examine(trace, tuned, base, self._floors, threads=self._threads)
             relations = [
-                relation_of(compare_tensor(base.tensors[name], tuned.tensors[name]), BAND)
+                relation_of(compare_tensor(base.tensors[name], tuned.tensors[name]), BAND).match
                 for name in base.tensors
             ]
             named = {fault.class_ for fault in FAULTS.values()}

@@ -27,7 +27,8 @@ def shard(
     A shard without tensors writes the row of no tensor: it repeats none, so that the joined table stays
     complete and without doubles.
     """
-    from driftscope.analysis.sweep import compare_tensor, pairs, plan_shards
+    from driftscope.analysis.pairs import pairs, plan_shards
+    from driftscope.analysis.tensor_comparison import compare_tensor
     from driftscope.errors import InputError
     from driftscope.evidence.schemas import frame_of
     from driftscope.kernels.device import kernels_on
@@ -58,7 +59,8 @@ def join(teacher: Path, candidate: Path, shards: Sequence[Path], out: Path, inve
     """Join the shards in the order of the teacher's tensors, and list what has no counterpart."""
     import polars as pl
 
-    from driftscope.analysis.sweep import inventory, pairs
+    from driftscope.analysis.inventory import inventory
+    from driftscope.analysis.pairs import pairs
 
     a, digest_a = open_model(teacher)
     b, digest_b = open_model(candidate)
@@ -72,7 +74,8 @@ def join(teacher: Path, candidate: Path, shards: Sequence[Path], out: Path, inve
 
 def judge(table: Path, inventory_path: Path, band: tuple[float, float], out: Path) -> None:
     """Say what each tensor of the candidate is to the teacher's."""
-    from driftscope.analysis.sweep import Band, summarise
+    from driftscope.analysis.relations import Band
+    from driftscope.analysis.sweep_summary import summarise
 
     summary = summarise(read_table(table, "sweep"), read_json(inventory_path), Band(*band))
     inputs = {"sweep": sha256_file(table), "inventory": sha256_file(inventory_path)}

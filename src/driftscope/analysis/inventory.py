@@ -1,0 +1,34 @@
+"""What a table of tensor differences cannot show: tensors without a counterpart, unlike metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from driftscope.analysis.metadata import metadata_differences
+from driftscope.analysis.pairs import pairs
+from driftscope.artifacts.model import Artifact
+
+
+def inventory(a: Artifact, b: Artifact) -> dict[str, Any]:
+    """List missing, extra and unmapped tensors, and what differs in the metadata.
+
+    Returns:
+        ``missing``: names in a and not in b; ``extra``: names in b and not in a; ``unmapped_a`` and
+        ``unmapped_b``: stored names without a canonical one; ``metadata_differences``: see
+        `driftscope.analysis.metadata`; ``coverage``: ``expected`` tensors of a, and the ``compared`` ones:
+        in both, with the same shape.
+    """
+    found = pairs(a, b)
+    paired = {pair.tensor for pair in found}
+    missing = [name for name in a.tensors if name not in paired]
+    return {
+        "missing": missing,
+        "extra": [name for name in b.tensors if name not in paired],
+        "unmapped_a": sorted(a.unmapped),
+        "unmapped_b": sorted(b.unmapped),
+        "metadata_differences": metadata_differences(a, b),
+        "coverage": {
+            "expected": len(found) + len(missing),
+            "compared": sum(pair.a.shape == pair.b.shape for pair in found),
+        },
+    }

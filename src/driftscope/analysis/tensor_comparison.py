@@ -1,0 +1,206 @@
+"""One tensor of the teacher (a) against the candidate's (b), measured in one pass: a row of the sweep.
+
+What a row means is said elsewhere: `driftscope.analysis.relations` names what each tensor of b is to a's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftscope.analysis.pairs import applied
+from driftscope.analysis.rounded_copy import is_float, is_rounded_copy
+from driftscope.analysis.tensor_rows import spans, stored_bytes
+from driftscope.artifacts.tensor import TensorRef
+from driftscope.kernels.compare import TensorComparison, merge
+from driftscope.kernels.dequantize import dequantize
+from driftscope.kernels.device import Kernels, kernels_on
+from driftscope.kernels.formats import decoder_of
+
+_STATUS_BELOW = (
+    (1e-3, "NearlyIdentical"),
+    (1e-2, "SmallDiff"),
+    (1e-1, "MediumDiff"),
+    (1.0, "LargeDiff"),
+    (math.inf, "Critical"),
+)
+
+# Nearest rounding leaves about the energy that its cells predict; what is far from it is no rounded copy, and
+# is not read a second time.
+_ROUNDED_BELOW = 4.0
+
+# Bytes of each side that are compared at a time.
+_CHUNK = 1 << 22
+
+
+def compare_tensor(
+    a: TensorRef, b: TensorRef, *, tensor: str | None = None, kernels: Kernels | None = None
+) -> dict[str, Any]:
+    """Compare two stored tensors, rows in canonical order.
+
+    Where one container adds a constant to the values and the other does not (GGUF's gemma norms are stored
+    plus one), the values are compared as the one with the larger constant stores them: so that a sum that
+    was rounded to f32 once is compared with the same sum.
+
+    Args:
+        a: the teacher's tensor.
+        b: the candidate's tensor.
+        tensor: name of the row; a's by default.
+        kernels: where to compare; by default on the CPU with one thread.
+
+    Returns:
+        A row of the ``sweep`` table. Tensors of unlike shapes are not compared: the status says so.
+    """
+    row: dict[str, Any] = {
+        "tensor": tensor or a.name,
+        "shape_a": _shape(a.shape),
+        "shape_b": _shape(b.shape),
+        "dtype_a": a.dtype,
+        "dtype_b": b.dtype,
+        "decoder_a": decoder_of(a.dtype),
+        "decoder_b": decoder_of(b.dtype),
+        "transforms_a": ",".join(applied(a)),
+        "transforms_b": ",".join(applied(b)),
+        "element_count": a.n_elements,
+    }
+    if a.shape != b.shape:
+        status = "Transposed" if a.shape == b.shape[::-1] else "ShapeMismatch"
+        return {**row, **_NOTHING_COMPARED, "status": status}
+    if not a.n_elements:
+        return {**row, **_NOTHING_COMPARED, "status": "NotCompared"}
+    found = _compare(a, b, kernels or kernels_on("cpu"))
+    any_compared = found.compared_count > 0
+    r, c = divmod(found.max_index, a.shape[-1])
+    non_finite = found.element_count - found.compared_count
+    bit_identical = found.bit_identical and _equal_beyond_f32(a, b)
+    return {
+        **row,
+        "compared_count": found.compared_count,
+        "mean_diff": found.mean_diff,
+        "max_diff": found.max_diff if any_compared else None,
+        "max_index": f"{r},{c}" if any_compared else None,
+        "max_value_a": found.max_value_a if any_compared else None,
+        "max_value_b": found.max_value_b if any_compared else None,
+        "rmse": found.rmse,
+        "nmse": found.nmse,
+        "relative_l2": found.relative_l2,
+        "cosine_similarity": found.cosine_similarity,
+        "scale": found.sum_ab / found.sum_aa if found.sum_aa > 0 else None,
+        "mean_error": (found.sum_b - found.sum_a) / found.compared_count if any_compared else None,
+        "std_a": found.std_a,
+        "std_b": found.std_b,
+        "std_ratio": found.std_ratio,
+        "identical_count": found.identical_count,
+        "small_count": found.small_count,
+        "medium_count": found.medium_count,
+        "large_count": found.large_count,
+        "nan_a": found.nan_a,
+        "nan_b": found.nan_b,
+        "inf_a": found.inf_a,
+        "inf_b": found.inf_b,
+        "bit_identical": bit_identical,
+        "same_bytes": bit_identical and _same_bytes(a, b),
+        "rounded_copy": not bit_identical and _is_rounded(a, b, found),
+        "expected_nmse": found.expected_nmse,
+        "status": published_status(found.max_diff, found.compared_count, non_finite),
+    }
+
+
+def published_status(max_diff: float, compared_count: int, non_finite_count: int) -> str:
+    """The published class of a tensor by its largest difference, with two cases that it passed over.
+
+    Args:
+        max_diff: largest |a - b| over the compared pairs.
+        compared_count: pairs with both values finite.
+        non_finite_count: pairs with a value that is NaN or infinite; the published sweep ignored them.
+
+    Returns:
+        ``NotCompared`` and ``NonFinite`` first; then ``Identical`` at 0, ``NearlyIdentical`` below 1e-3,
+        ``SmallDiff`` below 1e-2, ``MediumDiff`` below 0.1, ``LargeDiff`` below 1, else ``Critical``.
+    """
+    if non_finite_count:
+        return "NonFinite"
+    if not compared_count:
+        return "NotCompared"
+    if max_diff == 0:
+        return "Identical"
+    return next(status for bound, status in _STATUS_BELOW if max_diff < bound)
+
+
+_NOTHING_COMPARED: dict[str, Any] = {
+    "compared_count": 0,
+    **dict.fromkeys(("mean_diff", "max_diff", "max_index", "max_value_a", "max_value_b", "rmse", "nmse")),
+    **dict.fromkeys(
+        ("relative_l2", "cosine_similarity", "scale", "mean_error", "std_a", "std_b", "std_ratio")
+    ),
+    **dict.fromkeys(("identical_count", "small_count", "medium_count", "large_count"), 0),
+    **dict.fromkeys(("nan_a", "nan_b", "inf_a", "inf_b"), 0),
+    **dict.fromkeys(("bit_identical", "same_bytes", "rounded_copy"), False),
+    "expected_nmse": None,
+}
+
+
+def _compare(a: TensorRef, b: TensorRef, kernels: Kernels) -> TensorComparison:
+    if a.value_offset == b.value_offset:
+        return kernels.compare(a.raw(), a.dtype, b.raw(), b.dtype, rows_a=a.row_order(), rows_b=b.row_order())
+    level = max(a.value_offset, b.value_offset)
+    parts = []
+    for first, end in spans(a):
+        x, y = (_raised(ref, level, first, end) for ref in (a, b))
+        parts.append(kernels.compare(*x, *y))
+    return merge(parts)
+
+
+def _raised(ref: TensorRef, level: float, first: int, end: int) -> tuple[NDArray[np.uint8], str]:
+    """Rows with as much added to each value as `level` says, and their format."""
+    stored = stored_bytes(ref, first, end)
+    if ref.value_offset == level:
+        return stored, ref.dtype
+    values = dequantize(stored, ref.dtype) + np.float32(level - ref.value_offset)
+    return values.view(np.uint8), "F32"
+
+
+def _equal_beyond_f32(a: TensorRef, b: TensorRef) -> bool:
+    """Whether values that are equal as f32 are equal: only F64 holds others."""
+    if "F64" not in (a.dtype, b.dtype):
+        return True
+    return all(
+        np.array_equal(*(_in_f64(stored_bytes(ref, first, end), ref.dtype) for ref in (a, b)))
+        for first, end in spans(a)
+    )
+
+
+def _in_f64(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
+    if dtype == "F64":
+        return np.ascontiguousarray(raw).view(np.float64)
+    return dequantize(raw, dtype).astype(np.float64)
+
+
+def _same_bytes(a: TensorRef, b: TensorRef) -> bool:
+    """Whether two tensors of equal values are stored alike, byte for byte."""
+    if a.dtype != b.dtype or applied(a) != applied(b) or a.rope_heads != b.rope_heads:
+        return False
+    # Each value of a float format has one encoding; blocks of integers can write the same value in several.
+    if is_float(a.dtype):
+        return True
+    x, y = a.raw(), b.raw()
+    step = max(1, _CHUNK // max(1, x.shape[1]))
+    return all(
+        np.array_equal(x[first : first + step], y[first : first + step]) for first in range(0, len(x), step)
+    )
+
+
+def _is_rounded(a: TensorRef, b: TensorRef, found: TensorComparison) -> bool:
+    if a.dtype == b.dtype or not is_float(b.dtype) or found.compared_count != found.element_count:
+        return False
+    expected = found.expected_energy
+    if expected is not None and found.sum_dd > _ROUNDED_BELOW * expected:
+        return False
+    return is_rounded_copy(a, b)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(dim) for dim in shape)
