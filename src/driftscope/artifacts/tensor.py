@@ -68,13 +68,16 @@ class TensorRef:
         Raises:
             InputError: the file is gone or has become shorter since it was opened.
         """
+        return self.stored_bytes().reshape(self.n_rows, -1)
+
+    def stored_bytes(self) -> NDArray[np.uint8]:
+        """The bytes in the file as ``uint8[nbytes]``, memory-mapped read-only; errors as those of `raw`."""
         try:
-            data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
+            return np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{self.file}: {self.name} cannot be read ({error}); did the file change?"
             ) from error
-        return data.reshape(self.n_rows, -1)
 
     def row_order(self) -> NDArray[np.int64] | None:
         """Stored row of each canonical row as ``int64[n_rows]``, or None where they are the same.
