@@ -384,7 +384,7 @@ def vocabulary(size: int) -> Vocabulary:
 
 
 def _gguf_name(name: str) -> str:
-    stored = to_gguf(name)
+    stored = to_gguf(name, "qwen2")
     assert stored is not None
     return stored
 

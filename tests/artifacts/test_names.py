@@ -12,6 +12,8 @@ from driftscope.artifacts.names import (
     ROPE_FREQS,
     canonical_order,
     from_gguf,
+    gguf_parts,
+    hf_parts,
     is_canonical,
     layer_of,
     to_gguf,
@@ -34,19 +36,59 @@ def config_of(architecture: str) -> ModelConfig:
         rms_norm_eps=1e-5,
         rope_theta=10000.0,
         attention_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "gemma3_text"),
+        post_norms=architecture.startswith("gemma"),
     )
+
+
+def stored_names(architecture: str, n_layers: int) -> set[str]:
+    """Every name that the gguf package lists for an architecture, with the endings that models have."""
+    number = NUMBERS[architecture]
+    names = set()
+    for tensor in gguf.MODEL_TENSORS[number]:
+        for layer in range(n_layers):
+            stem = gguf.TENSOR_NAMES[tensor].format(bid=layer)
+            names |= {f"{stem}.weight", f"{stem}.bias"}
+    return names
 
 
 @pytest.mark.parametrize("architecture", GGUF_ARCHITECTURES)
 def test_names_are_those_of_the_gguf_package(architecture: str) -> None:
+    """Each tensor of a model, by the name that it has in Hugging Face's file."""
     config = config_of(architecture)
-    table = gguf.get_tensor_name_map(NUMBERS[GGUF_ARCHITECTURES[architecture]], config.num_layers)
+    in_gguf = GGUF_ARCHITECTURES[architecture]
+    table = gguf.get_tensor_name_map(NUMBERS[in_gguf], config.num_layers)
+    fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"} if architecture == "phi3" else {}
+    seen = []
     for name in expected_shapes(config):
-        stored = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert to_gguf(name) == stored
-        assert from_gguf(str(stored)) == name
         assert is_canonical(name)
+        key = next((key for key in fused if f".{key}." in name), None)
+        file_name = name if key is None else name.replace(key, fused[key])
+        stored = table.get_name(file_name, try_suffixes=(".weight", ".bias"))
+        if architecture == "phi3" and any(f".{part}_proj." in name for part in ("k", "v", "up")):
+            assert name in seen
+            continue
+        if (architecture, name) == ("gemma2", "lm_head.weight"):
+            # llama.cpp ties it always; a file that has one is read all the same.
+            stored = "output.weight"
+        parts = gguf_parts(str(stored), in_gguf)
+        assert parts[0] == name
+        assert hf_parts(file_name) == parts
+        assert (from_gguf(str(stored), in_gguf) == name) is (key is None)
+        assert to_gguf(name, in_gguf) == stored or key is not None
+        seen.extend(parts)
+    assert sorted(seen) == sorted(expected_shapes(config))
+
+
+# What the gguf package lists too: mixtures of experts, and biases and precomputed tables of other models.
+NOT_HERE = ("_exps.", "ffn_gate_inp.", "attn_rot_embd.", ".bias")
+
+
+@pytest.mark.parametrize("architecture", sorted(set(GGUF_ARCHITECTURES.values())))
+def test_no_name_of_the_gguf_package_is_left_out(architecture: str) -> None:
+    for stored in stored_names(architecture, 2):
+        if not any(part in stored for part in NOT_HERE):
+            assert gguf_parts(stored, architecture), stored
 
 
 @pytest.mark.parametrize("architecture", GGUF_ARCHITECTURES)
@@ -57,7 +99,7 @@ def test_expected_tensors_are_in_canonical_order(architecture: str) -> None:
 
 
 def test_rope_factors_keep_their_name() -> None:
-    assert from_gguf(ROPE_FREQS) == to_gguf(ROPE_FREQS) == ROPE_FREQS
+    assert from_gguf(ROPE_FREQS, "llama") == to_gguf(ROPE_FREQS, "llama") == ROPE_FREQS
     assert canonical_order(ROPE_FREQS) > canonical_order("lm_head.weight")
 
 
@@ -81,7 +123,7 @@ def test_rope_factors_keep_their_name() -> None:
 )
 def test_names_that_are_not_canonical(name: str) -> None:
     assert not is_canonical(name)
-    assert to_gguf(name) is None
+    assert to_gguf(name, "llama") is None
     assert layer_of(name) is None or "model.layers.0." in name
 
 
@@ -89,4 +131,4 @@ def test_names_that_are_not_canonical(name: str) -> None:
     "name", ["", "blk.0", "blk.00.ffn_up.weight", "blk.0.ffn_up.bias", "model.norm.weight", "output.bias"]
 )
 def test_gguf_names_without_a_canonical_one(name: str) -> None:
-    assert from_gguf(name) is None
+    assert from_gguf(name, "llama") is None

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.helpers.tiny_gguf import tiny_tensors, write_gguf
-from tests.helpers.tiny_models import ARCHITECTURES, save_tiny_model
+from tests.helpers.tiny_models import ARCHITECTURES, canonical_state, save_tiny_model
 
 from driftscope.artifacts.complete import check_complete
 from driftscope.artifacts.names import from_gguf
 from driftscope.artifacts.open import open_artifact
+from driftscope.artifacts.transforms import applied
 from driftscope.errors import InputError
 
 
@@ -49,7 +50,7 @@ def test_tensors_are_in_canonical_order(tmp_path: Path) -> None:
         "model.layers.0.self_attn.q_proj.weight",
     ]
     assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
-    assert sorted(names) == sorted(str(from_gguf(name)) for name in tensors)
+    assert sorted(names) == sorted(str(from_gguf(name, "qwen2")) for name in tensors)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -64,12 +65,12 @@ def test_folder_of_transformers(tmp_path: Path, architecture: str) -> None:
         [*tmp_path.glob("*.safetensors"), tmp_path / "config.json", tmp_path / "model.safetensors.index.json"]
     )
     assert len(artifact.files) > 4
-    for name, parameter in model.state_dict().items():
-        tensor = artifact.tensors[name]
-        assert tensor.rope_heads == 0
-        assert tensor.row_order() is None
+    expected = canonical_state(model)
+    assert artifact.tensors.keys() == expected.keys()
+    for name, tensor in artifact.tensors.items():
+        assert applied(tensor) == (() if tensor.stored_name == name else ("split",))
         values = tensor.raw().view(np.float32).reshape(tensor.shape)
-        assert np.array_equal(values, parameter.numpy())
+        assert np.array_equal(values, expected[name].numpy())
 
 
 def test_one_file_with_its_configuration_beside_it(tmp_path: Path) -> None:

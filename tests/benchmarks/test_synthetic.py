@@ -67,7 +67,7 @@ def test_tensors_have_the_formats_of_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "candidate.gguf"
     synthetic.write_candidate(path, SMALL)
     artifact = open_artifact(path)
-    names = {name: to_gguf(name) or "" for name in artifact.tensors}
+    names = {name: to_gguf(name, "qwen2") or "" for name in artifact.tensors}
     expected = tensor_formats(
         {names[t.name]: t.shape for t in artifact.tensors.values()},
         "Q4_K_M",

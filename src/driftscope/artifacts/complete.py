@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from driftscope.artifacts.model import Artifact, ModelConfig
+from driftscope.artifacts.names import is_of_images
 from driftscope.errors import InputError
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name, without its layer, to shape (rows, columns) of every tensor of one layer."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    for site, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+        shapes[f"self_attn.{site}_proj.weight"] = (rows, hidden)
+        if config.attention_bias:
+            shapes[f"self_attn.{site}_proj.bias"] = (rows,)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    shapes["self_attn.o_proj.weight"] = (hidden, q_rows)
+    shapes["post_attention_layernorm.weight"] = (hidden,)
+    if config.post_norms:
+        shapes["pre_feedforward_layernorm.weight"] = (hidden,)
+    shapes["mlp.gate_proj.weight"] = (inner, hidden)
+    shapes["mlp.up_proj.weight"] = (inner, hidden)
+    shapes["mlp.down_proj.weight"] = (hidden, inner)
+    if config.post_norms:
+        shapes["post_feedforward_layernorm.weight"] = (hidden,)
+    return shapes
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name to shape (rows, columns) of every tensor of a model, in canonical order."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    vocabulary = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary}
+    of_a_layer = layer_shapes(config)
     for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        for site, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
-            shapes[f"{prefix}self_attn.{site}_proj.weight"] = (rows, hidden)
-            if config.attention_bias:
-                shapes[f"{prefix}self_attn.{site}_proj.bias"] = (rows,)
-        if config.qk_norm:
-            shapes[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (hidden, q_rows)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, inner)
-    shapes["model.norm.weight"] = (hidden,)
+        shapes |= {f"model.layers.{layer}.{suffix}": shape for suffix, shape in of_a_layer.items()}
+    shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+        shapes["lm_head.weight"] = vocabulary
     return shapes
 
 
@@ -54,7 +66,7 @@ def check_complete(artifact: Artifact) -> None:
             f"{model} expects {_times(wanted)}"
         )
     unused = [name for name in artifact.tensors if name not in expected] + list(artifact.unmapped)
-    biases = [name for name in unused if name.endswith(".bias")]
+    biases = [name for name in unused if name.endswith(".bias") and not is_of_images(name)]
     if biases:
         raise InputError(
             f"{artifact.path}: {biases[0]} is a bias that {artifact.config.architecture} does not have"

@@ -2,41 +2,69 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from driftscope.artifacts.model import ModelConfig
+from driftscope.artifacts.rope_config import rope_from_hf
+from driftscope.artifacts.values import count, epsilon, flag, positive, short
+from driftscope.artifacts.windows import windows_from_hf
 from driftscope.errors import InputError
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-# No model is near it; products of two counts below it stay exact in every arithmetic used here.
-_MAX_COUNT = 2**31 - 1
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 MAX_LAYERS = 4096
 
-# What transformers takes where config.json is silent (``configuration_<model_type>.py``).
+# A model of text and images, of which the text part is read.
+_WITH_IMAGES = {"gemma3": "gemma3_text"}
+
+# What transformers takes where config.json is silent (``configuration_<model_type>.py``). Sizes have
+# defaults here only where published files leave them out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "gemma2": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+}
 _DEFAULT_EPS = 1e-6
-_DEFAULT_THETA = 10000.0
-_DEFAULT_HEAD_DIM = {"qwen3": 128}
-_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-_DEFAULT_WINDOW = {"mistral": 4096}
 
 # Switches that change the forward pass in a way that is not implemented, with the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
-    "partial_rotary_factor": (1,),
     "pretraining_tp": (0, 1),
     "quantization_config": (),
+    "use_bidirectional_attention": (False,),
 }
+_NEUTRAL_OF_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+# Gemma's files may have a ``hidden_act`` too, which transformers does not read.
+_NEUTRAL_OF_GELU: dict[str, tuple[Any, ...]] = {"hidden_activation": ("gelu_pytorch_tanh",)}
 
 
 def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
     """Read a parsed ``config.json``.
 
     Keys of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``) are understood.
+    Of a model of text and images, the text part is read (``text_config``).
 
     Args:
         document: the parsed file.
@@ -46,13 +74,16 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
         InputError: an unknown architecture, a missing or nonsensical value, or a switch that would change
             the forward pass in a way that is not implemented.
     """
+    document = text_part(document, where)
     architecture = document.get("model_type")
     if architecture not in SUPPORTED:
         raise unsupported_architecture(architecture, where, "model_type")
-    for key, neutral in _NEUTRAL.items():
+    document = _DEFAULTS[architecture] | dict(document)
+    is_gemma = architecture.startswith("gemma")
+    for key, neutral in (_NEUTRAL | (_NEUTRAL_OF_GELU if is_gemma else _NEUTRAL_OF_SILU)).items():
         value = document.get(key)
         if value is not None and value not in neutral:
-            raise InputError(f"{where}: {key} is {_short(value)}, which is not supported")
+            raise InputError(f"{where}: {key} is {short(value)}, which is not supported")
     if document.get("attention_bias") and architecture != "qwen2":
         raise InputError(
             f"{where}: attention_bias is true; expected false for {architecture} "
@@ -61,35 +92,72 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
     hidden_size = count(document, "hidden_size", where)
     num_layers = count(document, "num_hidden_layers", where)
     num_heads = count(document, "num_attention_heads", where)
-    head_dim = count(document, "head_dim", where, default=_DEFAULT_HEAD_DIM.get(architecture, 0))
+    head_dim = count(document, "head_dim", where, default=0)
     if not head_dim:
         if hidden_size % num_heads:
             raise InputError(
                 f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
             )
         head_dim = hidden_size // num_heads
-    theta, scaling = _rope(document, where)
+    window, sliding_layers = windows_from_hf(document, architecture, num_layers, where)
+    rope = rope_from_hf(
+        document, architecture, head_dim=head_dim, has_local_layers=window is not None, where=where
+    )
     return checked(
         ModelConfig(
             architecture=architecture,
             hidden_size=hidden_size,
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=_kv_heads(document, architecture, num_heads, where),
+            # Null means one for each query head.
+            num_kv_heads=count(document, "num_key_value_heads", where, default=num_heads),
             head_dim=head_dim,
             intermediate_size=count(document, "intermediate_size", where),
             vocab_size=count(document, "vocab_size", where),
             context_length=count(document, "max_position_embeddings", where),
             rms_norm_eps=epsilon(document, "rms_norm_eps", where, default=_DEFAULT_EPS),
-            rope_theta=theta,
-            rope_scaling=scaling,
             attention_bias=architecture == "qwen2",
-            qk_norm=architecture == "qwen3",
+            qk_norm=has_qk_norm(architecture),
             tie_word_embeddings=flag(document, "tie_word_embeddings", where),
-            sliding_window=_sliding_window(document, architecture, num_layers, where),
+            sliding_window=window,
+            sliding_layers=sliding_layers,
+            **asdict(rope),
+            **(_gemma_switches(document, architecture, head_dim, where) if is_gemma else {}),
         ),
         where,
     )
+
+
+def text_part(document: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The configuration of the text model: the file itself, or its ``text_config``.
+
+    Raises:
+        InputError: a model of text and images without a ``text_config``.
+    """
+    architecture = document.get("model_type")
+    if not isinstance(architecture, str) or architecture not in _WITH_IMAGES:
+        return document
+    text = document.get("text_config")
+    if not isinstance(text, Mapping):
+        raise InputError(f"{where}: text_config is {short(text)}; expected an object in {architecture}")
+    outer = ("quantization_config", "tie_word_embeddings")
+    kept = {key: document[key] for key in outer if key in document}
+    return {**text, **kept, "model_type": _WITH_IMAGES[architecture]}
+
+
+def has_qk_norm(architecture: str) -> bool:
+    """Whether queries and keys have norms of their own."""
+    return architecture in ("qwen3", "gemma3_text")
+
+
+def gemma_constants(hidden_size: int) -> dict[str, Any]:
+    """The switches that all of Gemma 2 and 3 share."""
+    return {
+        "activation": "gelu_tanh",
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "embedding_scale": float(hidden_size) ** 0.5,
+    }
 
 
 def checked(config: ModelConfig, where: str) -> ModelConfig:
@@ -105,107 +173,15 @@ def checked(config: ModelConfig, where: str) -> ModelConfig:
         )
     if config.head_dim % 2:
         raise InputError(f"{where}: head_dim is {config.head_dim}; RoPE needs an even number")
+    rotary_dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
+    if rotary_dim % 2 or not 0 < rotary_dim <= config.head_dim:
+        raise InputError(
+            f"{where}: RoPE turns {rotary_dim} channels of a head; expected an even number up to "
+            f"{config.head_dim}"
+        )
     if config.num_layers > MAX_LAYERS:
         raise InputError(f"{where}: {config.num_layers} layers; expected at most {MAX_LAYERS}")
     return config
-
-
-def checked_rope_scaling(scaling: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """RoPE scaling under its ``rope_type``, without theta; None where it changes nothing.
-
-    Raises:
-        InputError: an unknown type, or a factor that is missing or nonsensical.
-    """
-    if any(isinstance(value, Mapping) for value in scaling.values()):
-        raise InputError(f"{where}: RoPE parameters that differ between layers are not supported")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise InputError(
-            f"{where}: RoPE scaling {_short(kind)} is not supported; expected one of {', '.join(ROPE_TYPES)}"
-        )
-    if kind == "default":
-        return None
-    dropped = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-    result = {key: value for key, value in scaling.items() if key not in dropped and value is not None}
-    for key, value in result.items():
-        if isinstance(value, bool) or key == "finetuned":
-            continue
-        result[key] = number(result, key, where)
-        if result[key] < 0 or (key == "factor" and result[key] == 0):
-            raise InputError(f"{where}: {key} of the RoPE scaling is {_short(value)}; expected more than 0")
-        if isinstance(value, int):
-            result[key] = value
-    required = {
-        "linear": ("factor",),
-        "yarn": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    for key in required[kind]:
-        if key not in result:
-            raise InputError(f"{where}: RoPE scaling {kind!r} lacks {key}")
-    if kind == "llama3" and result["low_freq_factor"] >= result["high_freq_factor"]:
-        raise InputError(f"{where}: low_freq_factor of the RoPE scaling is not below high_freq_factor")
-    return {"rope_type": kind, **result}
-
-
-def count(document: Mapping[str, Any], key: str, where: str, *, default: int | None = None) -> int:
-    """A positive whole number.
-
-    Args:
-        document: where to look; null is as good as missing.
-        key: what to look for.
-        where: the file, for the message.
-        default: for a missing key; None makes the key mandatory.
-    """
-    value = document.get(key)
-    if value is None:
-        if default is None:
-            raise InputError(f"{where}: {key} is missing")
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_COUNT:
-        raise InputError(f"{where}: {key} is {_short(value)}; expected a positive whole number")
-    return value
-
-
-def number(document: Mapping[str, Any], key: str, where: str, *, default: float | None = None) -> float:
-    """A finite number; arguments as those of `count`."""
-    value = document.get(key)
-    if value is None:
-        if default is None:
-            raise InputError(f"{where}: {key} is missing")
-        return default
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:
-        pass
-    raise InputError(f"{where}: {key} is {_short(value)}; expected a finite number")
-
-
-def epsilon(document: Mapping[str, Any], key: str, where: str, *, default: float | None = None) -> float:
-    """A number from 0 to 1, without 1; arguments as those of `count`."""
-    value = number(document, key, where, default=default)
-    if not 0 <= value < 1:
-        raise InputError(f"{where}: {key} is {value}; expected a number from 0 to 1")
-    return value
-
-
-def positive(document: Mapping[str, Any], key: str, where: str, *, default: float | None = None) -> float:
-    """A number above 0; arguments as those of `count`."""
-    value = number(document, key, where, default=default)
-    if value <= 0:
-        raise InputError(f"{where}: {key} is {value}; expected a positive number")
-    return value
-
-
-def flag(document: Mapping[str, Any], key: str, where: str, *, default: bool = False) -> bool:
-    """True or false; arguments as those of `count`."""
-    value = document.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise InputError(f"{where}: {key} is {_short(value)}; expected true or false")
-    return value
 
 
 def unsupported_architecture(architecture: object, where: str, key: str) -> InputError:
@@ -213,66 +189,27 @@ def unsupported_architecture(architecture: object, where: str, key: str) -> Inpu
     if architecture is None:
         return InputError(f"{where}: {key} is missing; expected one of {', '.join(SUPPORTED)}")
     return InputError(
-        f"{where}: architecture {_short(architecture)} is not supported; "
+        f"{where}: architecture {short(architecture)} is not supported; "
         f"expected one of {', '.join(SUPPORTED)}"
     )
 
 
-def _kv_heads(document: Mapping[str, Any], architecture: str, num_heads: int, where: str) -> int:
-    """Key/value heads; null means one for each query head, and a missing key the architecture's default."""
-    default = num_heads
-    if "num_key_value_heads" not in document:
-        default = _DEFAULT_KV_HEADS.get(architecture, num_heads)
-    return count(document, "num_key_value_heads", where, default=default)
-
-
-def _rope(document: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """Theta and scaling, from the keys of transformers 5 or, where they are absent, of transformers 4."""
-    scaling = document.get("rope_parameters")
-    if scaling is None:
-        scaling = document.get("rope_scaling")
-    scaling = {} if scaling is None else scaling
-    if not isinstance(scaling, Mapping):
-        raise InputError(f"{where}: the RoPE scaling is {_short(scaling)}; expected an object")
-    partial = scaling.get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise InputError(f"{where}: partial_rotary_factor is {_short(partial)}, which is not supported")
-    theta = positive(document, "rope_theta", where, default=_DEFAULT_THETA)
-    return positive(scaling, "rope_theta", where, default=theta), checked_rope_scaling(scaling, where)
-
-
-def _sliding_window(
-    document: Mapping[str, Any], architecture: str, num_layers: int, where: str
-) -> int | None:
-    """Tokens that a query sees, or None; one window must serve all layers."""
-    if architecture == "llama":
-        return None
-    if architecture == "mistral":
-        if "sliding_window" in document and document["sliding_window"] is None:
-            return None
-        return count(document, "sliding_window", where, default=_DEFAULT_WINDOW["mistral"])
-    if not flag(document, "use_sliding_window", where) or document.get("sliding_window") is None:
-        return None
-    window = count(document, "sliding_window", where)
-    layer_types = document.get("layer_types")
-    if layer_types is None:
-        first = document.get("max_window_layers", 28)
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise InputError(f"{where}: max_window_layers is {_short(first)}; expected a whole number")
-        windowed = [layer >= first for layer in range(num_layers)]
-    elif isinstance(layer_types, list) and len(layer_types) == num_layers:
-        windowed = [kind == "sliding_attention" for kind in layer_types]
-    else:
-        raise InputError(f"{where}: layer_types is not a list of {num_layers} names")
-    if any(windowed) and not all(windowed):
+def _gemma_switches(
+    document: Mapping[str, Any], architecture: str, head_dim: int, where: str
+) -> dict[str, Any]:
+    """The fields of `ModelConfig` that only Gemma 2 and 3 set."""
+    attention_cap = _cap(document, "attn_logit_softcapping", where)
+    if attention_cap is not None and architecture != "gemma2":
         raise InputError(
-            f"{where}: a sliding window on {sum(windowed)} of {num_layers} layers is not supported; "
-            "expected all or none"
+            f"{where}: attn_logit_softcapping is {attention_cap}, which is not supported in {architecture}"
         )
-    return window if all(windowed) else None
+    scalar = positive(document, "query_pre_attn_scalar", where)
+    return gemma_constants(count(document, "hidden_size", where)) | {
+        "attention_scale": None if scalar == head_dim else scalar**-0.5,
+        "attention_softcap": attention_cap,
+        "logit_softcap": _cap(document, "final_logit_softcapping", where),
+    }
 
 
-def _short(value: object) -> str:
-    """A value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _cap(document: Mapping[str, Any], key: str, where: str) -> float | None:
+    return None if document.get(key) is None else positive(document, key, where)

@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from driftscope.artifacts.config import (
     SUPPORTED,
     checked,
-    checked_rope_scaling,
-    count,
-    epsilon,
-    number,
-    positive,
+    gemma_constants,
+    has_qk_norm,
     unsupported_architecture,
 )
 from driftscope.artifacts.gguf import GgufTensor
 from driftscope.artifacts.model import ModelConfig
 from driftscope.artifacts.names import GGUF_ARCHITECTURES
+from driftscope.artifacts.rope_config import checked_rope_scaling
+from driftscope.artifacts.values import count, epsilon, number, positive, short, shortest
+from driftscope.artifacts.windows import Windows, window_on
 from driftscope.artifacts.yarn import attention_factor
 from driftscope.errors import InputError
 
 _DEFAULT_THETA = 10000.0
-_MAX_F32 = float(np.finfo(np.float32).max)
 
 # Keys, without their architecture, that change the forward pass in a way that is not implemented, with
 # the values that do not.
@@ -33,15 +30,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     "attention.scale": (0.0,),
-    "attn_logit_softcapping": (0.0,),
     "embedding_scale": (0.0, 1.0),
     "expert_count": (0,),
-    "final_logit_softcapping": (0.0,),
     "logit_scale": (0.0, 1.0),
     "nextn_predict_layers": (0,),
     "residual_scale": (0.0, 1.0),
     "use_parallel_residual": (False,),
 }
+
+# Field of `ModelConfig` to key, and what llama.cpp takes where Gemma 2 has none.
+_SOFT_CAPS_OF_GEMMA2 = {
+    "attention_softcap": ("attn_logit_softcapping", 50.0),
+    "logit_softcap": ("final_logit_softcapping", 30.0),
+}
+_SOFT_CAPS = tuple(key for key, _ in _SOFT_CAPS_OF_GEMMA2.values())
+# Of Gemma 2, and of how many layers the last one has no window, where a file does not say.
+_DEFAULT_WINDOW = 4096
+_DEFAULT_PERIOD = {"gemma2": 2, "gemma3_text": 6}
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 
 
 def config_from_gguf(
@@ -71,7 +77,9 @@ def config_from_gguf(
             f"{where}: one of {metadata['split.count']} parts of a model; expected one file for all of it"
         )
     keys = _Keys(metadata, str(stored), where)
-    for key, neutral in _NEUTRAL.items():
+    is_gemma = architecture.startswith("gemma")
+    neutral_here = _NEUTRAL | {key: (0.0,) for key in _SOFT_CAPS if not _reads_cap(architecture, key)}
+    for key, neutral in neutral_here.items():
         value = keys.get(key)
         if value is not None and value not in neutral:
             raise InputError(f"{where}: {stored}.{key} is {value}, which is not supported")
@@ -85,17 +93,24 @@ def config_from_gguf(
                 f"{stored}.attention.head_count {num_heads}"
             )
         head_dim = hidden_size // num_heads
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.count(key, default=head_dim) != head_dim:
-            raise InputError(
-                f"{where}: {stored}.{key} is {keys.get(key)}; expected the head size, {head_dim}"
-            )
-    window = keys.get("attention.sliding_window")
+    if keys.count("attention.value_length", default=head_dim) != head_dim:
+        raise InputError(
+            f"{where}: {stored}.attention.value_length is {keys.get('attention.value_length')}; "
+            f"expected the head size, {head_dim}"
+        )
+    rotary_dim = keys.count("rope.dimension_count", default=head_dim)
+    if rotary_dim != head_dim and architecture != "phi3":
+        raise InputError(
+            f"{where}: {stored}.rope.dimension_count is {rotary_dim}; expected the head size, {head_dim}"
+        )
+    num_layers = keys.count("block_count")
+    window, sliding_layers = _windows(keys, architecture, num_layers)
+    gemma = _gemma_switches(keys, architecture, hidden_size, num_heads, head_dim) if is_gemma else {}
     return checked(
         ModelConfig(
             architecture=architecture,
             hidden_size=hidden_size,
-            num_layers=keys.count("block_count"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=keys.count("attention.head_count_kv", default=num_heads),
             head_dim=head_dim,
@@ -105,10 +120,14 @@ def config_from_gguf(
             rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", check=epsilon),
             rope_theta=keys.number("rope.freq_base", default=_DEFAULT_THETA, check=positive),
             rope_scaling=_rope_scaling(keys),
+            local_rope_theta=_local_theta(keys, architecture) if window is not None else None,
+            rotary_dim=None if rotary_dim == head_dim else rotary_dim,
             attention_bias=architecture == "qwen2",
-            qk_norm=architecture == "qwen3",
+            qk_norm=has_qk_norm(architecture),
             tie_word_embeddings="output.weight" not in tensors,
-            sliding_window=keys.count("attention.sliding_window") if window not in (None, 0) else None,
+            sliding_window=window,
+            sliding_layers=sliding_layers,
+            **gemma,
         ),
         where,
     )
@@ -141,18 +160,68 @@ class _Keys:
     ) -> float:
         """A number; one stored as f32 is given as the shortest decimal that rounds to it.
 
-        0.00001 is then the same number here and in config.json.
-
         Args:
             key: without the architecture.
             default: for a missing key; None makes the key mandatory.
             check: `number`, `positive` or `epsilon`.
         """
         full = f"{self.architecture}.{key}"
-        value = check({full: self.get(key)}, full, self.where, default=default)
-        if abs(value) > _MAX_F32 or float(np.float32(value)) != value:
-            return value
-        return float(str(np.float32(value)))
+        return shortest(check({full: self.get(key)}, full, self.where, default=default))
+
+
+def _reads_cap(architecture: str, key: str) -> bool:
+    """Whether an architecture has a soft cap of the scores or of the logits."""
+    return architecture == "gemma2" or (architecture == "gemma3_text" and key.startswith("final"))
+
+
+def _gemma_switches(
+    keys: _Keys, architecture: str, hidden_size: int, num_heads: int, head_dim: int
+) -> dict[str, Any]:
+    """The fields of `ModelConfig` that only Gemma 2 and 3 set, as llama.cpp takes them.
+
+    A GGUF file does not say the factor of the scores; llama.cpp knows the models of 27 billion weights,
+    which differ, by their number of layers (``src/models/gemma2.cpp``, ``gemma3.cpp``).
+    """
+    scalar = (
+        hidden_size // num_heads if keys.count("block_count") == _LAYERS_OF_27B[architecture] else head_dim
+    )
+    caps = {}
+    for name, (key, default) in _SOFT_CAPS_OF_GEMMA2.items():
+        cap = keys.number(key, default=default if architecture == "gemma2" else 0.0)
+        if cap < 0:
+            raise InputError(f"{keys.where}: {keys.architecture}.{key} is {cap}; expected more than 0")
+        caps[name] = cap or None
+    scale = None if scalar == head_dim else scalar**-0.5
+    return gemma_constants(hidden_size) | {"attention_scale": scale, **caps}
+
+
+def _windows(keys: _Keys, architecture: str, num_layers: int) -> Windows:
+    """The window and its layers (llama.cpp, ``load_swa_pattern``)."""
+    found = keys.get("attention.sliding_window")
+    if found == 0 or (found is None and architecture != "gemma2"):
+        return None, None
+    window = keys.count("attention.sliding_window", default=_DEFAULT_WINDOW)
+    full = f"{keys.architecture}.attention.sliding_window_pattern"
+    pattern = keys.metadata.get(full)
+    if isinstance(pattern, tuple):
+        if len(pattern) < num_layers:
+            raise InputError(f"{keys.where}: {full} has {len(pattern)} values; expected {num_layers}")
+        return window_on(window, [bool(value) for value in pattern[:num_layers]])
+    if pattern is None and architecture not in _DEFAULT_PERIOD:
+        return window, None
+    period = _DEFAULT_PERIOD.get(architecture, 1) if pattern is None else pattern
+    if isinstance(period, bool) or not isinstance(period, int) or period < 0:
+        raise InputError(f"{keys.where}: {full} is {short(period)}; expected a whole number")
+    return window_on(window, [period == 0 or layer % period < period - 1 for layer in range(num_layers)])
+
+
+def _local_theta(keys: _Keys, architecture: str) -> float | None:
+    """Theta of the layers with a window, None where it is that of all."""
+    if not architecture.startswith("gemma") or (
+        architecture == "gemma2" and keys.get("rope.freq_base_swa") is None
+    ):
+        return None
+    return keys.number("rope.freq_base_swa", default=_DEFAULT_THETA, check=positive)
 
 
 def _vocab_size(keys: _Keys, tensors: Mapping[str, GgufTensor]) -> int:
@@ -175,6 +244,9 @@ def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
     """The keys ``rope.scaling.*`` in Hugging Face's terms (llama.cpp, ``llama_model_base::load_hparams``)."""
     where = keys.where
     kind = keys.get("rope.scaling.type")
+    if kind == "longrope" and keys.architecture == "phi3":
+        # Its parameters are two tensors: `rope_factors.with_stored_factors`.
+        return None
     if kind not in (None, "none", "linear", "yarn"):
         raise InputError(
             f"{where}: {keys.architecture}.rope.scaling.type is {str(kind)[:80]!r}; "

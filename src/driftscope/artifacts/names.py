@@ -1,11 +1,14 @@
-"""Canonical tensor names, which are Hugging Face's, and GGUF's names for the same tensors.
+"""Canonical tensor names, which are Hugging Face's, and the names of the same tensors in files.
 
-The pairs are those of llama.cpp's ``gguf-py/gguf/tensor_mapping.py`` for the supported architectures.
+The pairs are those of llama.cpp's ``gguf-py/gguf/tensor_mapping.py`` for the supported architectures. A
+canonical name is that of one matrix: where a file holds several in one (q, k and v; gate and up), its name
+stands for all of them.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 # Hugging Face's model_type to GGUF's general.architecture; Mistral models are stored as "llama".
 GGUF_ARCHITECTURES: dict[str, str] = {
@@ -13,23 +16,21 @@ GGUF_ARCHITECTURES: dict[str, str] = {
     "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
 }
 
-# GGUF architectures whose q and k rows llama.cpp's converter stores interleaved within a head.
-INTERLEAVED_ARCHITECTURES: frozenset[str] = frozenset({"llama"})
-
-# Llama 3's divisors of the rotary frequencies. Hugging Face computes them from config.json and has no
-# tensor for them, so that GGUF's name serves as the canonical one.
+# Divisors of the rotary frequencies: Llama 3's, and LongRoPE's for long and for short texts. Hugging Face
+# has them in config.json and no tensor for them, so that GGUF's names serve as the canonical ones.
 ROPE_FREQS = "rope_freqs.weight"
+ROPE_LONG = "rope_factors_long.weight"
+ROPE_SHORT = "rope_factors_short.weight"
 
 _BEFORE_LAYERS = {"model.embed_tokens.weight": "token_embd.weight"}
-_AFTER_LAYERS = {
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    ROPE_FREQS: ROPE_FREQS,
-}
-# In the order in which a forward pass reads them.
-_IN_LAYER = {
+_AFTER_LAYERS = {"model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+_COMPUTED = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
+_ATTENTION = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
     "self_attn.q_proj.bias": "attn_q.bias",
@@ -40,17 +41,70 @@ _IN_LAYER = {
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
+}
+_MLP = {
     "mlp.gate_proj.weight": "ffn_gate.weight",
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
 }
+# In the order in which a forward pass reads them.
+_PRE_NORMS = _ATTENTION | {"post_attention_layernorm.weight": "ffn_norm.weight"} | _MLP
+_PRE_AND_POST_NORMS = (
+    _ATTENTION
+    | {
+        "post_attention_layernorm.weight": "post_attention_norm.weight",
+        "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    }
+    | _MLP
+    | {"post_feedforward_layernorm.weight": "post_ffw_norm.weight"}
+)
+# Gate and up have no names of their own; q, k and v may be apart or not.
+_FUSED_MLP = _ATTENTION | {
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+_IN_LAYER: dict[str, Mapping[str, str]] = {
+    "llama": _PRE_NORMS,
+    "qwen2": _PRE_NORMS,
+    "qwen3": _PRE_NORMS,
+    "gemma2": _PRE_AND_POST_NORMS,
+    "gemma3": _PRE_AND_POST_NORMS,
+    "phi3": _FUSED_MLP,
+}
+_ROPE_TENSORS: dict[str, tuple[str, ...]] = {
+    "llama": (ROPE_FREQS,),
+    "qwen2": (ROPE_FREQS,),
+    "qwen3": (ROPE_FREQS,),
+    "phi3": (ROPE_LONG, ROPE_SHORT),
+}
+
+# Stored name to the canonical names of its parts, in the order of their rows.
+_QKV = tuple(f"self_attn.{site}_proj.weight" for site in "qkv")
+_QKV_BIAS = tuple(f"self_attn.{site}_proj.bias" for site in "qkv")
+_GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+_FUSED_IN_HF = {
+    "self_attn.qkv_proj.weight": _QKV,
+    "self_attn.qkv_proj.bias": _QKV_BIAS,
+    "mlp.gate_up_proj.weight": _GATE_UP,
+}
+_FUSED_IN_GGUF = {"attn_qkv.weight": _QKV, "attn_qkv.bias": _QKV_BIAS}
+_FUSED_IN_PHI3 = _FUSED_IN_GGUF | {"ffn_up.weight": _GATE_UP}
+
+# What stands before the name of a tensor of the text model, in a model of text and images as transformers
+# writes it, and as it holds it in memory.
+_TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
+_OF_IMAGES = tuple(
+    f"{prefix}{module}." for prefix in ("", "model.") for module in ("vision_tower", "multi_modal_projector")
+)
 
 _OUTSIDE = _BEFORE_LAYERS | _AFTER_LAYERS
 _OUTSIDE_BACK = {stored: name for name, stored in _OUTSIDE.items()}
-_IN_LAYER_BACK = {stored: name for name, stored in _IN_LAYER.items()}
-_RANK_IN_LAYER = {name: rank for rank, name in enumerate(_IN_LAYER)}
-_RANK_AFTER = {name: rank for rank, name in enumerate(_AFTER_LAYERS)}
+_BACK = {
+    architecture: {stored: name for name, stored in table.items()}
+    for architecture, table in _IN_LAYER.items()
+}
+_RANK_IN_LAYER = {name: rank for rank, name in enumerate(_PRE_AND_POST_NORMS)}
+_RANK_AFTER = {name: rank for rank, name in enumerate((*_AFTER_LAYERS, *_COMPUTED))}
 
 # No leading zeros, so that every tensor has one name; ASCII digits only, and few enough for any model.
 _NUMBER = r"(0|[1-9][0-9]{0,5})"
@@ -59,32 +113,83 @@ _GGUF_LAYER = re.compile(rf"blk\.{_NUMBER}\.(.+)", re.DOTALL)
 
 
 def is_canonical(name: str) -> bool:
-    """Whether a name is one that a model here can have."""
-    return to_gguf(name) is not None
+    """Whether a name is one that a model of some architecture here can have."""
+    if name in _OUTSIDE or name in _COMPUTED:
+        return True
+    match = _HF_LAYER.fullmatch(name)
+    return match is not None and match[2] in _RANK_IN_LAYER
 
 
-def to_gguf(name: str) -> str | None:
-    """GGUF's name of a canonical name, or None where there is none."""
+def to_gguf(name: str, architecture: str) -> str | None:
+    """GGUF's name of a canonical name, or None where it has no tensor of its own.
+
+    Args:
+        name: canonical.
+        architecture: GGUF's ``general.architecture``.
+    """
+    if name in _ROPE_TENSORS.get(architecture, ()):
+        return name
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     match = _HF_LAYER.fullmatch(name)
-    suffix = _IN_LAYER.get(match[2]) if match else None
+    suffix = _IN_LAYER.get(architecture, {}).get(match[2]) if match else None
     return f"blk.{match[1]}.{suffix}" if match and suffix else None
 
 
-def from_gguf(stored_name: str) -> str | None:
-    """Canonical name of a GGUF name, or None where there is none."""
+def from_gguf(stored_name: str, architecture: str) -> str | None:
+    """Canonical name of a GGUF name, or None where it stands for none or for several."""
+    parts = gguf_parts(stored_name, architecture)
+    return parts[0] if len(parts) == 1 else None
+
+
+def gguf_parts(stored_name: str, architecture: str) -> tuple[str, ...]:
+    """Canonical names of what a GGUF tensor holds, in the order of its rows; empty where it has none.
+
+    Args:
+        stored_name: the name in the file.
+        architecture: GGUF's ``general.architecture``.
+    """
+    if stored_name in _ROPE_TENSORS.get(architecture, ()):
+        return (stored_name,)
     if stored_name in _OUTSIDE_BACK:
-        return _OUTSIDE_BACK[stored_name]
+        return (_OUTSIDE_BACK[stored_name],)
     match = _GGUF_LAYER.fullmatch(stored_name)
-    suffix = _IN_LAYER_BACK.get(match[2]) if match else None
-    return f"model.layers.{match[1]}.{suffix}" if match and suffix else None
+    if match is None or architecture not in _BACK:
+        return ()
+    fused = (_FUSED_IN_PHI3 if architecture == "phi3" else _FUSED_IN_GGUF).get(match[2])
+    alone = _BACK[architecture].get(match[2])
+    suffixes = fused or ((alone,) if alone else ())
+    return tuple(f"model.layers.{match[1]}.{suffix}" for suffix in suffixes)
+
+
+def hf_parts(stored_name: str) -> tuple[str, ...]:
+    """Canonical names of what a tensor in a Hugging Face file holds, in the order of its rows.
+
+    The prefix of the text model in a model of text and images is left out.
+    """
+    prefix = next((prefix for prefix in _TEXT_PREFIXES if stored_name.startswith(prefix)), None)
+    name = stored_name if prefix is None else _TEXT_PREFIXES[prefix] + stored_name.removeprefix(prefix)
+    match = _HF_LAYER.fullmatch(name)
+    if match and match[2] in _FUSED_IN_HF:
+        return tuple(f"model.layers.{match[1]}.{suffix}" for suffix in _FUSED_IN_HF[match[2]])
+    return (name,) if is_canonical(name) else ()
+
+
+def is_of_images(stored_name: str) -> bool:
+    """Whether a tensor belongs to the part of a model that sees images, which a text model does not have."""
+    return stored_name.startswith(_OF_IMAGES)
 
 
 def layer_of(name: str) -> int | None:
     """Layer number in a canonical name, or None for a tensor outside of the layers."""
     match = _HF_LAYER.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def suffix_of(name: str) -> str:
+    """A canonical name without its layer: ``self_attn.q_proj.weight``, or the whole of ``lm_head.weight``."""
+    match = _HF_LAYER.fullmatch(name)
+    return match[2] if match else name
 
 
 def canonical_order(name: str) -> tuple[int, int, int, str]:

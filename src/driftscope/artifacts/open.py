@@ -2,52 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+from driftscope.artifacts.apr import MAGIC as APR_MAGIC
+from driftscope.artifacts.complete import layer_shapes
 from driftscope.artifacts.config import config_from_hf
-from driftscope.artifacts.files import is_folder, list_folder, read_json_object, regular_file_size
-from driftscope.artifacts.gguf import MAGIC, read_gguf
+from driftscope.artifacts.files import (
+    check_members,
+    is_folder,
+    list_folder,
+    matches,
+    member,
+    read_json_object,
+    regular_file_size,
+)
+from driftscope.artifacts.gguf import MAGIC
 from driftscope.artifacts.gguf_config import config_from_gguf
+from driftscope.artifacts.gguf_split import read_gguf_model
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import (
     GGUF_ARCHITECTURES,
-    INTERLEAVED_ARCHITECTURES,
-    ROPE_FREQS,
     canonical_order,
-    from_gguf,
-    is_canonical,
+    gguf_parts,
+    hf_parts,
     layer_of,
+    suffix_of,
 )
-from driftscope.artifacts.rope_factors import scaling_of_factors
+from driftscope.artifacts.rope_factors import with_stored_factors
 from driftscope.artifacts.safetensors import (
-    FLOAT_BYTES,
+    FLOAT_DTYPES,
     INDEX,
     StoredTensor,
+    read_files,
     read_safetensors,
     read_sharded,
 )
+from driftscope.artifacts.scaled import scales_beside, with_scale
 from driftscope.artifacts.tensor import TensorRef
+from driftscope.artifacts.transforms import rope_heads, value_offset
 from driftscope.errors import InputError
 
 CONFIG = "config.json"
 
 
-def open_artifact(path: Path | str) -> Artifact:
+def open_artifact(
+    path: Path | str, *, verified: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Artifact:
     """Open a model: read and check its headers, and map its names to the canonical ones.
 
     What a file holds decides, not what it is called. Whether all tensors of the architecture are there
     is another question: `driftscope.artifacts.complete.check_complete`.
 
     Args:
-        path: a GGUF file, a folder with safetensors and ``config.json``, or a safetensors file with
-            ``config.json`` beside it.
+        path: a GGUF file or any part of a split one, an .apr file, a folder with safetensors and
+            ``config.json``, a safetensors file with ``config.json`` beside it, or a pattern of the shell that
+            matches the files of one model.
+        verified: the checksum that an .apr file ends with has been verified since the file was written;
+            otherwise all of the file is read.
+        progress: called with (bytes read, bytes in all) while a checksum is verified.
 
     Raises:
         InputError: missing, of an unknown kind or architecture, truncated, or inconsistent.
     """
     path = Path(path)
+    files = matches(path)
+    if len(files) > 1:
+        return _open_several(path, files)
+    path = files[0] if files else path
     if is_folder(path):
         return _open_folder(path)
     if regular_file_size(path) >= len(MAGIC):
@@ -58,52 +82,51 @@ def open_artifact(path: Path | str) -> Artifact:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if start == MAGIC:
             return _open_gguf(path)
+        if start == APR_MAGIC:
+            from driftscope.artifacts.apr_model import open_apr
+
+            return open_apr(path, verified=verified, progress=progress)
     if path.suffix == ".safetensors":
         return _open_safetensors(path, read_safetensors(path), (), (path,))
     raise InputError(
-        f"{path}: neither a GGUF file (it does not start with {MAGIC!r}) nor a safetensors file "
-        "(its name does not end in .safetensors)"
+        f"{path}: neither a GGUF file nor an .apr file (it starts with neither {MAGIC!r} nor {APR_MAGIC!r}) "
+        "nor a safetensors file (its name does not end in .safetensors)"
     )
 
 
 def _open_gguf(path: Path) -> Artifact:
     where = str(path)
-    file = read_gguf(path)
+    file = read_gguf_model(path)
     config = config_from_gguf(file.metadata, {tensor.name: tensor for tensor in file.tensors}, where)
-    interleaved = GGUF_ARCHITECTURES[config.architecture] in INTERLEAVED_ARCHITECTURES
+    architecture = GGUF_ARCHITECTURES[config.architecture]
     tensors: list[TensorRef] = []
     unmapped = []
     for tensor in file.tensors:
-        name = _known(from_gguf(tensor.name), config)
-        heads = _rope_heads(name, config) if name and interleaved else 0
-        if name is None or (heads and len(tensor.shape) != 2):
+        whole = TensorRef(
+            name=tensor.name,
+            stored_name=tensor.name,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            file=tensor.file,
+            offset=tensor.offset,
+            nbytes=tensor.nbytes,
+        )
+        parts = _parts(whole, gguf_parts(tensor.name, architecture), config)
+        heads = {part.name: rope_heads(part.name, architecture, config) for part in parts}
+        if not parts or any(heads[part.name] and len(part.shape) != 2 for part in parts):
             unmapped.append(tensor.name)
             continue
-        if heads and tensor.shape[0] % (2 * heads):
-            raise InputError(
-                f"{where}: {tensor.name} has {tensor.shape[0]} rows; expected an even number for each of "
-                f"{heads} heads"
-            )
-        tensors.append(
-            TensorRef(
-                name=name,
-                stored_name=tensor.name,
-                shape=tensor.shape,
-                dtype=tensor.dtype,
-                file=path,
-                offset=tensor.offset,
-                nbytes=tensor.nbytes,
-                rope_heads=heads,
-            )
-        )
-    factors = next((tensor for tensor in tensors if tensor.name == ROPE_FREQS), None)
-    if factors is not None:
-        if config.rope_scaling is not None:
-            raise InputError(
-                f"{where}: both {ROPE_FREQS} and a RoPE scaling of kind {config.rope_scaling['rope_type']!r}"
-            )
-        config = replace(config, rope_scaling=scaling_of_factors(factors, config))
-    return _artifact(path, "gguf", config, tensors, unmapped, (path,), file.metadata)
+        for part in parts:
+            n_heads = heads[part.name]
+            if n_heads and part.shape[0] % (2 * n_heads):
+                raise InputError(
+                    f"{where}: {tensor.name} has {part.shape[0]} rows; expected an even number for each of "
+                    f"{n_heads} heads"
+                )
+            offset = value_offset(part.name, architecture)
+            tensors.append(replace(part, rope_heads=n_heads, value_offset=offset))
+    config = with_stored_factors(config, {tensor.name: tensor for tensor in tensors}, file.metadata, where)
+    return _artifact(file.path, "gguf", config, tensors, unmapped, file.files, file.metadata)
 
 
 def _open_folder(folder: Path) -> Artifact:
@@ -114,44 +137,77 @@ def _open_folder(folder: Path) -> Artifact:
     whole = folder / "model.safetensors"
     if whole in files:
         files = [whole]
+    gguf = [file for file in entries if file.suffix == ".gguf"]
+    if gguf and not files:
+        return _open_ggufs(folder, [member(folder, file.name) for file in gguf])
     if len(files) != 1:
         found = f"{len(files)} safetensors files and no {INDEX}" if files else "no safetensors file"
         raise InputError(f"{folder}: {found}; expected a model folder with an index or with one file")
-    return _open_safetensors(folder, read_safetensors(files[0]), (), (files[0],))
+    return _open_safetensors(folder, read_safetensors(member(folder, files[0].name)), (), (files[0],))
+
+
+def _open_several(pattern: Path, files: list[Path]) -> Artifact:
+    """The one model that all files of a pattern are parts of."""
+    folder = files[0].parent
+    if any(file.parent != folder for file in files):
+        raise InputError(f"{pattern}: matches files of several folders; expected one model")
+    if all(file.suffix == ".gguf" for file in files):
+        return _open_ggufs(pattern, files)
+    if not all(file.suffix == ".safetensors" for file in files):
+        raise InputError(
+            f"{pattern}: matches {len(files)} files, among them {files[0].name} and {files[-1].name}; "
+            "expected safetensors files, or the parts of one GGUF model"
+        )
+    return _open_safetensors(folder, read_files(files), (), tuple(files))
+
+
+def _open_ggufs(where: Path, files: list[Path]) -> Artifact:
+    """The one model that all these GGUF files are parts of."""
+    artifact = _open_gguf(files[0])
+    others = sorted(set(files) - set(artifact.files))
+    if others:
+        raise InputError(
+            f"{where}: {others[0].name} is no part of the model of {files[0].name}; expected one GGUF model"
+        )
+    return artifact
 
 
 def _open_safetensors(
     path: Path, stored: dict[str, StoredTensor], unlisted: Iterable[str], files: tuple[Path, ...]
 ) -> Artifact:
-    config_file = (path if is_folder(path) else path.parent) / CONFIG
+    folder = path if is_folder(path) else path.parent
+    check_members(folder)
+    config_file = folder / CONFIG
     document = read_json_object(config_file)
     config = config_from_hf(document, str(config_file))
     tensors: list[TensorRef] = []
     unmapped = list(unlisted)
+    scales = scales_beside(stored)
+    applied = {scale.name for scale in scales.values()}
     for name, tensor in stored.items():
-        known = _known(name if is_canonical(name) else None, config)
-        if known is None:
-            unmapped.append(name)
+        parts = tuple(part for part in hf_parts(name) if _known(part, config))
+        if not parts:
+            if name not in applied:
+                unmapped.append(name)
             continue
-        if tensor.dtype not in FLOAT_BYTES:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"{tensor.file}: {name} is stored as {tensor.dtype}; expected one of {', '.join(FLOAT_BYTES)}"
+                f"{tensor.file}: {name} is stored as {tensor.dtype}; expected one of {', '.join(FLOAT_DTYPES)}"
             )
         if not tensor.shape or not tensor.nbytes:
             raise InputError(
                 f"{tensor.file}: {name} has the shape {list(tensor.shape)}; expected values in it"
             )
-        tensors.append(
-            TensorRef(
-                name=name,
-                stored_name=name,
-                shape=tensor.shape,
-                dtype=tensor.dtype,
-                file=tensor.file,
-                offset=tensor.offset,
-                nbytes=tensor.nbytes,
-            )
+        whole = TensorRef(
+            name=name,
+            stored_name=name,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            file=tensor.file,
+            offset=tensor.offset,
+            nbytes=tensor.nbytes,
         )
+        tensors.extend(_parts(with_scale(whole, scales.get(name), document), parts, config))
     return _artifact(path, "safetensors", config, tensors, unmapped, (*files, config_file), document)
 
 
@@ -165,6 +221,9 @@ def _artifact(
     metadata: dict[str, object],
 ) -> Artifact:
     ordered = sorted(tensors, key=lambda tensor: canonical_order(tensor.name))
+    for before, after in pairwise(ordered):
+        if before.name == after.name:
+            raise InputError(f"{path}: both {before.stored_name} and {after.stored_name} hold {after.name}")
     return Artifact(
         path=path,
         container=container,
@@ -176,14 +235,43 @@ def _artifact(
     )
 
 
-def _known(name: str | None, config: ModelConfig) -> str | None:
-    """`name`, unless it belongs to a layer that the model does not have."""
-    layer = layer_of(name) if name else None
-    return None if layer is not None and layer >= config.num_layers else name
+def _known(name: str, config: ModelConfig) -> bool:
+    """Whether a name belongs to a layer that the model has, or to none."""
+    layer = layer_of(name)
+    return layer is None or layer < config.num_layers
 
 
-def _rope_heads(name: str, config: ModelConfig) -> int:
-    """Heads of a projection whose rows are rotated, else 0."""
-    if ".q_proj." in name:
-        return config.num_heads
-    return config.num_kv_heads if ".k_proj." in name else 0
+def _parts(whole: TensorRef, names: tuple[str, ...], config: ModelConfig) -> list[TensorRef]:
+    """The tensors of one model that a stored one holds; none where it belongs to a layer beyond the last.
+
+    Raises:
+        InputError: the rows of a fused tensor are not those of its parts.
+    """
+    if not names or not all(_known(name, config) for name in names):
+        return []
+    if len(names) == 1:
+        return [replace(whole, name=names[0])]
+    shapes = layer_shapes(config)
+    counts = [shapes.get(suffix_of(name), (0,))[0] for name in names]
+    if whole.shape[0] != sum(counts):
+        raise InputError(
+            f"{whole.file}: {whole.stored_name} has {whole.shape[0]} rows; expected {sum(counts)} "
+            f"({' + '.join(map(str, counts))})"
+        )
+    # Rows of a matrix, values of a bias; either way whole blocks, which a format never splits.
+    nbytes = whole.nbytes // whole.shape[0]
+    parts = []
+    first = 0
+    for name, rows in zip(names, counts, strict=True):
+        parts.append(
+            replace(
+                whole,
+                name=name,
+                shape=(rows, *whole.shape[1:]),
+                offset=whole.offset + first * nbytes,
+                nbytes=rows * nbytes,
+                stored_rows=(first, first + rows),
+            )
+        )
+        first += rows
+    return parts

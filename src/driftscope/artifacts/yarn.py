@@ -1,4 +1,4 @@
-"""What YaRN's parameters say (Peng et al. 2023), in Hugging Face's terms."""
+"""The factor of cosines and sines that YaRN (Peng et al. 2023) and LongRoPE (Ding et al. 2024) ask for."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ def softening(factor: float, multiple: float = 1.0) -> float:
 def logarithm(value: float) -> float:
     """Natural logarithm of a positive number."""
     return float(Decimal(value).ln(_EXACT))
+
+
+def longrope_attention_factor(factor: float, original_length: int) -> float:
+    """``sqrt(1 + ln(factor) / ln(original_length))``, 1 where nothing is stretched (Ding et al. 2024).
+
+    Args:
+        factor: how many times longer the context became.
+        original_length: tokens of the context before; more than 1.
+    """
+    if factor <= 1.0:
+        return 1.0
+    ratio = Decimal(factor).ln(_EXACT) / Decimal(original_length).ln(_EXACT)
+    return float((1 + ratio).sqrt(_EXACT))

@@ -21,11 +21,14 @@ from driftscope.artifacts.derive.recipe import scheme as look_up
 from driftscope.artifacts.derive.recipe import tensor_formats
 from driftscope.artifacts.derive.rows import slabs
 from driftscope.artifacts.derive.source import source_of_copy
+from driftscope.artifacts.folder_tokenizer import has_tokenizer
+from driftscope.artifacts.folder_vocabulary import vocabulary_from_folder
 from driftscope.artifacts.model import Artifact, ModelConfig
-from driftscope.artifacts.names import INTERLEAVED_ARCHITECTURES, ROPE_FREQS, to_gguf
+from driftscope.artifacts.names import ROPE_FREQS, to_gguf
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder
-from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_folder, vocabulary_from_gguf
+from driftscope.artifacts.transforms import rope_heads
+from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 from driftscope.kernels.formats import row_bytes
 
@@ -140,7 +143,7 @@ def _gguf_names(teacher: Artifact, architecture: str) -> dict[str, str]:
     """
     names = {}
     for name in teacher.tensors:
-        stored = to_gguf(name)
+        stored = to_gguf(name, architecture)
         if stored is None:
             raise InputError(f"{teacher.path}: tensor {name!r} has no name in GGUF's {architecture}")
         names[name] = stored
@@ -155,19 +158,18 @@ def _vocabulary(teacher: Artifact) -> Vocabulary | None:
             return None
         return vocabulary_from_gguf(teacher.metadata, size, str(teacher.path))
     folder = model_folder(teacher)
-    return vocabulary_from_folder(folder, size) if (folder / "tokenizer.json").is_file() else None
+    return vocabulary_from_folder(folder, size) if has_tokenizer(folder) else None
 
 
 def _stored_order(tensor: TensorRef, config: ModelConfig, architecture: str) -> NDArray[np.int64] | None:
     """Row of the teacher's file for each row of the candidate's, or None where they are the same.
 
-    For the architectures in `INTERLEAVED_ARCHITECTURES`, candidate row ``2 j + s`` of a head is canonical
-    row ``s * head_dim / 2 + j`` (llama.cpp, ``conversion/llama.py``, ``LlamaModel.permute``).
+    Where GGUF interleaves the rows of a head, candidate row ``2 j + s`` is canonical row
+    ``s * head_dim / 2 + j`` (`driftscope.artifacts.transforms`).
     """
     canonical = tensor.row_order()
-    heads = {"self_attn.q_proj.weight": config.num_heads, "self_attn.k_proj.weight": config.num_kv_heads}
-    n_heads = next((count for suffix, count in heads.items() if tensor.name.endswith(suffix)), 0)
-    if architecture not in INTERLEAVED_ARCHITECTURES or not n_heads:
+    n_heads = rope_heads(tensor.name, architecture, config)
+    if not n_heads:
         return canonical
     half = tensor.n_rows // n_heads // 2
     order = np.arange(tensor.n_rows, dtype=np.int64).reshape(n_heads, 2, half).swapaxes(1, 2).reshape(-1)
