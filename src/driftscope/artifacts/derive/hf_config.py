@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from driftscope.artifacts.apr_config import HF_CONFIG
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.vocabulary import Vocabulary
 from driftscope.errors import InputError
@@ -20,7 +22,7 @@ _TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 def hf_config(artifact: Artifact, dtype: str, vocabulary: Vocabulary | None) -> dict[str, Any]:
     """The configuration of an artifact for a safetensors copy of it.
 
-    A safetensors artifact keeps its own configuration, without its quantization; that of a GGUF file is
+    An artifact that has a configuration of this form keeps it, without its quantization; that of another is
     written from its hyperparameters.
 
     Args:
@@ -31,8 +33,9 @@ def hf_config(artifact: Artifact, dtype: str, vocabulary: Vocabulary | None) -> 
     Raises:
         InputError: an architecture that has no Hugging Face class here.
     """
-    if artifact.container != "gguf":
-        config = {key: value for key, value in artifact.metadata.items() if key != "quantization_config"}
+    own = artifact.metadata if artifact.container == "safetensors" else artifact.metadata.get(HF_CONFIG)
+    if isinstance(own, Mapping):
+        config = {key: value for key, value in own.items() if key != "quantization_config"}
         config.pop("torch_dtype", None)
         return {**config, "dtype": _TORCH_DTYPES[dtype]}
     model = artifact.config
