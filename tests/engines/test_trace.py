@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -52,7 +53,10 @@ def written(folder: Path, arrays: Mapping[str, Any], **changes: Any) -> Path:
 @pytest.mark.parametrize("name", ["llama", "qwen2-yarn", "mistral-window", "qwen3"])
 def test_the_taps_are_those_of_the_architecture(name: str, tmp_path: Path) -> None:
     config = open_artifact(write_model(tmp_path, name)).config
-    assert tuple(op.tap for op in layer_ops(config)) == LAYER_TAPS
+    everything = dataclasses.replace(config, post_norms=True)
+    assert tuple(op.tap for op in layer_ops(everything)) == LAYER_TAPS
+    own = [tap for tap in LAYER_TAPS if tap not in ("post_attn_norm", "post_ffn_norm")]
+    assert [op.tap for op in layer_ops(config)] == own
     assert tuple(op.tap for op in (embedding_op(config), *head_ops(config))) == WHOLE_TAPS
     assert {op.tap for op in layer_ops(config) if op.ragged} == set(RAGGED)
 

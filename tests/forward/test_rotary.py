@@ -128,5 +128,5 @@ def test_yarn_needs_a_theta_whose_powers_differ() -> None:
 
 
 def test_an_unimplemented_scaling_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="'longrope' has no forward pass"):
-        rope_frequencies(config(1e4, {"rope_type": "longrope", "factor": 4.0}))
+    with pytest.raises(InputError, match="'dynamic' has no forward pass"):
+        rope_frequencies(config(1e4, {"rope_type": "dynamic", "factor": 4.0}))

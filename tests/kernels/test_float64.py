@@ -73,6 +73,15 @@ def test_norm_and_rope_are_the_oracles() -> None:
     assert np.allclose(float64.rope(x, cosine, sine, positions), expected, rtol=0, atol=1e-12)
 
 
+def test_a_head_that_is_turned_in_part() -> None:
+    x, positions = random(6).standard_normal((4, 3 * 20)), np.array([0, 3, 1, 9])
+    frequencies = 100.0 ** (-np.arange(6) / 6)
+    found = float64.rope(x, *float64.rope_tables(frequencies, 10), positions, head_dim=20)
+    expected = oracle.rope(x, frequencies, positions, head_dim=20)
+    assert np.allclose(found, expected, rtol=0, atol=1e-14)
+    assert np.array_equal(found.reshape(4, 3, 20)[:, :, 12:], x.reshape(4, 3, 20)[:, :, 12:])
+
+
 def test_angles_are_not_rounded_to_float32() -> None:
     frequency = np.array([1.0, 0.1, 0.012345678901234])
     cosine, sine = float64.rope_tables(frequency, 3001)
@@ -83,17 +92,18 @@ def test_angles_are_not_rounded_to_float32() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention_in_steps(window: int | None) -> None:
+@pytest.mark.parametrize("cap", [None, 0.75])
+def test_attention_in_steps(window: int | None, cap: float | None) -> None:
     g = random(4)
     q, k, v = (g.standard_normal((11, heads * 8)) for heads in (6, 2, 2))
     heads = {"n_heads": 6, "n_kv_heads": 2}
-    scores = float64.scores(q, k, scale=8**-0.5, **heads)
-    assert np.allclose(scores, plain.scores(q, k, scale=8**-0.5, **heads), rtol=0, atol=1e-14)
+    scores = float64.scores(q, k, scale=8**-0.5, soft_cap=cap, **heads)
+    assert np.allclose(scores, plain.scores(q, k, scale=8**-0.5, soft_cap=cap, **heads), rtol=0, atol=1e-14)
     weights = float64.softmax(scores, n_heads=6, window=window)
     assert np.allclose(weights, plain.softmax(scores, n_heads=6, window=window), rtol=1e-14, atol=0)
     found = float64.weigh(weights, v, **heads)
     assert np.allclose(found, plain.weigh(weights, v, **heads), rtol=0, atol=1e-14)
-    whole = oracle.attention(q, k, v, np.array([0, 11]), scale=8**-0.5, window=window, **heads)
+    whole = oracle.attention(q, k, v, np.array([0, 11]), scale=8**-0.5, window=window, soft_cap=cap, **heads)
     assert np.allclose(found, whole, rtol=0, atol=1e-14)
     for threads in (2, 5):
         assert np.array_equal(float64.softmax(scores, n_heads=6, window=window, threads=threads), weights)
@@ -115,3 +125,11 @@ def test_softmax_keeps_what_is_not_finite() -> None:
 def test_silu() -> None:
     x = np.concatenate([random(5).standard_normal(1000) * 20, [0.0, 700.0, -700.0]])
     assert np.allclose(float64.silu(x), x * special.expit(x), rtol=1e-14, atol=1e-300)
+
+
+def test_gelu_and_soft_cap() -> None:
+    x = np.concatenate([random(7).standard_normal(1000) * 8, [0.0, 1e6, -1e6]])
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    assert np.allclose(float64.gelu(x), x * special.expit(2 * inner), rtol=1e-12, atol=1e-300)
+    assert np.allclose(float64.gelu(x), oracle.gelu(x), rtol=1e-9, atol=1e-13)
+    assert np.allclose(float64.capped(x, 5.0), oracle.soft_cap(x, 5.0), rtol=1e-14, atol=0)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
+from transformers.models.phi3 import modeling_phi3
 
 from driftscope.kernels import forward as kernels
 from driftscope.kernels.jit import kernel
@@ -186,6 +187,34 @@ def test_rope_is_the_reference(head_dim: int, heads: int, interleaved: bool, sca
         assert np.array_equal(found[0], x[0]), "position 0 is the identity"
 
 
+@given(st.sampled_from([2, 6, 24]), st.integers(1, 3), st.booleans(), SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_a_head_that_is_turned_in_part_is_the_reference(
+    turned: int, heads: int, interleaved: bool, seed: int
+) -> None:
+    frequencies = (100.0 ** (-2 * np.arange(turned // 2) / turned)).astype(np.float32)
+    positions = np.array([0, 1, 5, 2, 0, 63])
+    x = normal(seed, 6, heads * 26)
+    tables = kernels.rope_tables(frequencies, 64)
+    found = kernels.rope(x, *tables, positions, interleaved=interleaved, head_dim=26)
+    options: dict[str, Any] = {"interleaved": interleaved, "head_dim": 26}
+    expected = reference.rope(*wide(x, frequencies), positions, **options)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(x).max()))
+    rest = np.arange(heads * 26).reshape(heads, 26)[:, turned:].reshape(-1)
+    assert np.array_equal(found[:, rest], x[:, rest])
+
+
+def test_a_head_that_is_turned_in_part_is_transformers() -> None:
+    frequencies = (10000.0 ** (-2 * np.arange(12) / 24)).astype(np.float32)
+    x = normal(0, 9, 3 * 32)
+    tables = kernels.rope_tables(frequencies, 9)
+    cosine, sine = (torch.from_numpy(np.tile(table, 2))[None] for table in tables)
+    heads = torch.from_numpy(x).reshape(1, 9, 3, 32).transpose(1, 2)
+    expected, _ = modeling_phi3.apply_rotary_pos_emb(heads, heads, cosine, sine)
+    found = kernels.rope(x, *tables, np.arange(9), head_dim=32)
+    np.testing.assert_allclose(found, expected.transpose(1, 2).reshape(9, -1).numpy(), atol=1e-6)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_is_transformers(interleaved: bool) -> None:
     """Split halves as in Llama; neighbours as in Cohere's models, which keep the paper's pairing."""
@@ -271,6 +300,21 @@ def test_a_soft_cap_is_torchs_and_bounds_the_scores() -> None:
     assert not np.array_equal(
         *(kernels.attention(q, k, k, np.array([0, t]), soft_cap=c, **options) for c in (cap, None))
     )
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.sampled_from([0.5, 30.0, 50.0]))
+@settings(deadline=None, max_examples=200)
+def test_a_soft_cap_is_correctly_rounded(value: float, cap: float) -> None:
+    x = np.array([[value]], np.float32)
+    with mpmath.workprec(200):
+        expected = nearest(cap * mpmath.tanh(mpmath.mpf(value) / cap))
+    if abs(expected) > 1.2e-38:
+        assert kernels.soft_cap(x, cap) == expected
+    assert np.allclose(kernels.soft_cap(x, cap), reference.soft_cap(x.astype(np.float64), cap), 1e-6, 1e-37)
+    scores = kernels.attention_scores(
+        x, np.ones((1, 1), np.float32), n_heads=1, n_kv_heads=1, scale=1.0, soft_cap=cap
+    )
+    assert np.array_equal(scores, kernels.soft_cap(x, cap))
 
 
 def test_silu_of_extremes_is_finite_where_it_should_be() -> None:

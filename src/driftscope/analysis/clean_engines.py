@@ -7,6 +7,7 @@ a calibration needs no engine installed and gives the same bytes every time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.artifacts.model import Artifact
-from driftscope.forward.architecture import site_shape, site_tensor
+from driftscope.forward.architecture import norm_tensor, score_scale, site_shape, site_tensor
 from driftscope.forward.arithmetic import Arithmetic, round_to
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.model import ForwardPass
 from driftscope.forward.policy import WHOLE_MODEL, Choice
-from driftscope.forward.rotary import rope_scale
+from driftscope.forward.rotary import rotary_dim, turns_locally
 from driftscope.forward.weights import Weights
 from driftscope.kernels.activations import quantize_activation
 from driftscope.kernels.dequantize import dequantize
@@ -221,17 +222,17 @@ class CleanEngine(ForwardPass):
     def turned(self, layer: int, site: str, y: F32, batch: TokenBatch) -> F32:
         """Head norm and RoPE, with cosines and sines rounded to the dtype."""
         if self.config.qk_norm:
-            name = f"model.layers.{layer}.self_attn.{site}_norm.weight"
-            y = self._norm(y, layer, name, self.config.head_dim)
-        half = self.config.head_dim // 2
-        angles = self._angles(batch)
+            y = self._norm(y, layer, f"{site}_post_rope", self.config.head_dim)
+        half = rotary_dim(self.config) // 2
+        angles = self._angles(layer, batch)
         # Position 1 of a table has the frequencies themselves as its angles.
         cosine, sine = (
             self._rounded(table[1].reshape(angles.shape))
-            for table in rope_tables(angles.reshape(-1), 2, scale=rope_scale(self.config))
+            for table in rope_tables(angles.reshape(-1), 2, scale=self._rotations.scale(layer))
         )
-        heads = y.reshape(y.shape[0], -1, 2, half)
-        a, b, c, s = heads[:, :, 0], heads[:, :, 1], cosine[:, None], sine[:, None]
+        heads = y.reshape(y.shape[0], -1, self.config.head_dim)
+        a, b, rest = heads[:, :, :half], heads[:, :, half : 2 * half], heads[:, :, 2 * half :]
+        c, s = cosine[:, None], sine[:, None]
         if self._habits.order.startswith("fused"):
             a64, b64, c64 = (part.astype(np.float64) for part in (a, b, c))
             first = (a64 * c64 - (b * s)).astype(np.float32)
@@ -239,23 +240,26 @@ class CleanEngine(ForwardPass):
         else:
             first = self._rounded(a * c) - self._rounded(b * s)
             second = self._rounded(b * c) + self._rounded(a * s)
-        return self._rounded(np.stack([first, second], axis=2).reshape(y.shape))
+        return self._rounded(np.concatenate([first, second, rest], axis=2).reshape(y.shape))
 
-    def _angles(self, batch: TokenBatch) -> F32:
-        """Angle of each token and pair, ``float32[n_tokens, head_dim / 2]``."""
+    def _angles(self, layer: int, batch: TokenBatch) -> F32:
+        """Angle of each token and pair, ``float32[n_tokens, rotary_dim / 2]``."""
         positions = batch.positions.astype(np.float32)[:, None]
-        if not self._habits.powers or self.config.rope_scaling:
-            angles: F32 = positions * self._frequencies[None, :]
+        local = turns_locally(self.config, layer)
+        if not self._habits.powers or (self.config.rope_scaling and not local):
+            angles: F32 = positions * self._rotations.of_tokens(layer, batch)
             return angles
-        ratio = np.float32(self.config.rope_theta ** (-2.0 / self.config.head_dim))
+        theta = self.config.local_rope_theta if local else self.config.rope_theta
+        assert theta is not None
+        ratio = np.float32(theta ** (-2.0 / rotary_dim(self.config)))
         columns = [positions[:, 0]]
-        for _ in range(1, self.config.head_dim // 2):
+        for _ in range(1, rotary_dim(self.config) // 2):
             columns.append(columns[-1] * ratio)
         return np.stack(columns, axis=1)
 
     def scores(self, layer: int, q: F32, k: F32) -> F32:
         """Scores of one sequence, the scale before or after the sum."""
-        scale = np.float32(self.config.head_dim**-0.5)
+        scale = np.float32(score_scale(self.config))
         q, k = self._kept(q), self._kept(k)
         heads = []
         for head in range(self.config.num_heads):
@@ -264,13 +268,13 @@ class CleanEngine(ForwardPass):
                 heads.append(self._sum(query * scale, key))
             else:
                 heads.append(self._rounded(self._sum(query, key)) * scale)
-        return self._rounded(np.concatenate(heads, axis=1))
+        return self._rounded(self._capped(np.concatenate(heads, axis=1), self.config.attention_softcap))
 
     def softmax(self, layer: int, scores: F32) -> F32:
         """Softmax of one sequence."""
         heads = []
         for head in range(self.config.num_heads):
-            weights, total = self._weights_and_total(scores, head)
+            weights, total = self._weights_and_total(layer, scores, head)
             heads.append(self._over(weights, total))
         return self._rounded(np.concatenate(heads, axis=1))
 
@@ -284,7 +288,7 @@ class CleanEngine(ForwardPass):
                 continue
             heads = []
             for head in range(self.config.num_heads):
-                weights, total = self._weights_and_total(scores, head)
+                weights, total = self._weights_and_total(layer, scores, head)
                 values = np.ascontiguousarray(self._head(v[tokens], head, kv=True).T)
                 heads.append(self._over(self._sum(weights, values), total))
             found[tokens] = np.concatenate(heads, axis=1)
@@ -307,9 +311,14 @@ class CleanEngine(ForwardPass):
         return self._rounded(super().add(layer, tap, residual, x))
 
     def activated(self, layer: int, gate: F32) -> F32:
-        """SiLU."""
+        """SiLU; GELU as the SiLU of another argument."""
         one = np.float32(1)
-        denominator = one + self._exp(-gate)
+        inner = gate
+        if self.config.activation == "gelu_tanh":
+            inner = np.float32(2 * math.sqrt(2 / math.pi)) * (
+                gate + np.float32(0.044715) * gate * gate * gate
+            )
+        denominator = one + self._exp(-inner)
         return self._rounded(gate * (one / denominator) if self._habits.reciprocal else gate / denominator)
 
     def gated(self, layer: int, activated: F32, up: F32) -> F32:
@@ -318,10 +327,19 @@ class CleanEngine(ForwardPass):
 
     def logits(self, x: F32) -> F32:
         """LM head."""
-        return self.project(WHOLE_MODEL, "lm_head", x)
+        found = self.project(WHOLE_MODEL, "lm_head", x)
+        return self._rounded(self._capped(found, self.config.logit_softcap))
 
-    def _norm(self, x: F32, layer: int, name: str, channels: int | None = None) -> F32:
-        weight = self._reader.vector(name, channels or self.config.hidden_size)
+    def _capped(self, x: F32, cap: float | None) -> F32:
+        """``cap * tanh(x / cap)``, step by step."""
+        if not cap:
+            return x
+        found: F32 = np.tanh(x / np.float32(cap), dtype=np.float32) * np.float32(cap)
+        return found
+
+    def _norm(self, x: F32, layer: int, tap: str, channels: int | None = None) -> F32:
+        name = norm_tensor(self.config, layer, tap)
+        weight = self._reader.norm(name, channels or self.config.hidden_size)
         rows = x.reshape(-1, weight.shape[0])
         squares = ORDERS[self._habits.order](rows, rows)[:, None]
         mean = squares / np.float32(rows.shape[1]) + np.float32(self.config.rms_norm_eps)
@@ -342,12 +360,12 @@ class CleanEngine(ForwardPass):
         dim = self.config.head_dim
         return np.ascontiguousarray(x[:, head * dim : (head + 1) * dim])
 
-    def _weights_and_total(self, scores: F32, head: int) -> tuple[F32, F32]:
+    def _weights_and_total(self, layer: int, scores: F32, head: int) -> tuple[F32, F32]:
         """Exponentials of a head's masked scores above their largest, and their sums."""
         length = scores.shape[0]
         rows = scores[:, head * length : (head + 1) * length]
         distance = np.arange(length)[:, None] - np.arange(length)[None, :]
-        seen = (distance >= 0) & (distance < (self.config.sliding_window or length + 1))
+        seen = (distance >= 0) & (distance < (self.config.window_of(layer) or length + 1))
         largest = np.where(seen, rows, np.float32(-np.inf)).max(axis=1, keepdims=True)
         weights = np.where(seen, self._exp(np.where(seen, rows - largest, np.float32(0))), np.float32(0))
         total = ORDERS[self._habits.order](weights, np.ones_like(weights))[:, None]

@@ -51,7 +51,7 @@ class FaultyPass(ForwardPass):
         changed = dataclasses.replace(config, rope_theta=theta * config.rope_theta)
         faulty = {**artifacts, role: dataclasses.replace(artifacts[role], config=changed)}
         super().__init__(faulty, policy, threads=threads)
-        self._frequencies = self._frequencies * np.float32(angle)
+        self._rotations = self._rotations.times(np.float32(angle))
         self.score_gain, self.mixed_head = score_gain, mixed_head
 
     def head(self, hidden: F32, rows: NDArray[np.int64] | None = None, tap: object = None) -> F32:

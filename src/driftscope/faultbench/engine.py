@@ -81,8 +81,7 @@ class InterleavedPairs(FaultyPass):
     def turned(self, layer: int, site: str, y: F32, batch: TokenBatch) -> F32:
         if not self.hit(layer):
             return super().turned(layer, site, y, batch)
-        turned: F32 = self.kernels.rope(y, *self._rotation_of(batch), interleaved=True)
-        return turned
+        return self._turn(layer, y, batch, interleaved=True)
 
 
 class OtherPositions(FaultyPass):
@@ -95,10 +94,7 @@ class OtherPositions(FaultyPass):
     def turned(self, layer: int, site: str, y: F32, batch: TokenBatch) -> F32:
         if site not in self.sites:
             return super().turned(layer, site, y, batch)
-        positions = self.moved(batch.positions).astype(np.int64)
-        tables = self.kernels.rope_tables(self._frequencies, int(positions.max()) + 1)
-        turned: F32 = self.kernels.rope(y, *tables, positions)
-        return turned
+        return self._turn(layer, y, batch, positions=self.moved(batch.positions).astype(np.int64))
 
 
 class NoBias(FaultyPass):

@@ -72,9 +72,14 @@ class TokenBatch:
         return np.arange(self.n_tokens, dtype=np.int64) - begins
 
     @property
+    def totals(self) -> NDArray[np.int64]:
+        """``int64[n_sequences]``: tokens of each sequence."""
+        return np.diff(self.boundaries)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return int(np.diff(self.boundaries).max())
+        return int(self.totals.max())
 
     @property
     def slices(self) -> tuple[slice, ...]:

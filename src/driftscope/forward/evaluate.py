@@ -114,8 +114,11 @@ def evaluate(ops: Ops, layer: int, tap: str, inputs: Mapping[str, Value], batch:
             return ops.attend(layer, given("q_post_rope"), given("k_post_rope"), v, batch)
         case "attn_out":
             return ops.project(layer, "o", given("attention"))
+        case "post_attn_norm":
+            return ops.post_attn_norm(layer, given("attn_out"))
         case "post_attn_residual":
-            return ops.add(layer, tap, given("layer_input"), given("attn_out"))
+            attended = "post_attn_norm" if config.post_norms else "attn_out"
+            return ops.add(layer, tap, given("layer_input"), given(attended))
         case "ffn_norm":
             return ops.ffn_norm(layer, given("post_attn_residual"))
         case "ffn_gate" | "ffn_up":
@@ -126,8 +129,11 @@ def evaluate(ops: Ops, layer: int, tap: str, inputs: Mapping[str, Value], batch:
             return ops.gated(layer, given("ffn_silu"), given("ffn_up"))
         case "ffn_out":
             return ops.project(layer, "down", given("ffn_swiglu"))
+        case "post_ffn_norm":
+            return ops.post_ffn_norm(layer, given("ffn_out"))
         case "post_ffn_residual":
-            return ops.add(layer, tap, given("post_attn_residual"), given("ffn_out"))
+            moved = "post_ffn_norm" if config.post_norms else "ffn_out"
+            return ops.add(layer, tap, given("post_attn_residual"), given(moved))
         case "final_norm":
             return ops.final_norm(given("layer_input"))
         case "lm_head":

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import ROPE_FREQS
-from driftscope.forward.architecture import site_shape, site_tensor
+from driftscope.forward.architecture import norm_tensor, score_scale, site_shape, site_tensor
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.policy import WHOLE_MODEL
-from driftscope.forward.rotary import exact_frequencies, rope_scale
+from driftscope.forward.rotary import Rotations, rotary_dim
 from driftscope.forward.weights import Weights
 from driftscope.kernels import float64
 
@@ -46,10 +46,9 @@ class ExactOps:
         self._artifact = artifact
         self._weights = Weights(artifact)
         self._threads = threads
-        half = self.config.head_dim // 2
+        half = rotary_dim(self.config) // 2
         factors = self._weights.vector(ROPE_FREQS, half) if ROPE_FREQS in artifact.tensors else None
-        self.frequencies = exact_frequencies(self.config, factors)
-        self._tables: tuple[int, F64, F64] | None = None
+        self._rotations = Rotations(self.config, factors, exact=True)
 
     def evaluate(self, layer: int, tap: str, inputs: Mapping[str, Any], batch: TokenBatch) -> ExactValue:
         """Run one op; see `driftscope.forward.evaluate.Evaluator`.
@@ -63,34 +62,43 @@ class ExactOps:
                 return np.concatenate(parts, axis=1)
             case "embedding":
                 shape = (self.config.vocab_size, self.config.hidden_size)
-                return self._weights.rows(_EMBEDDING, shape, batch.ids).astype(np.float64)
+                rows = self._weights.rows(_EMBEDDING, shape, batch.ids).astype(np.float64)
+                return rows * self.config.embedding_scale
             case "attn_norm":
-                return self._norm(inputs["layer_input"], f"model.layers.{layer}.input_layernorm.weight")
+                return self._norm(inputs["layer_input"], layer, tap)
             case "q_post_rope" | "k_post_rope":
                 return self._turned(layer, tap[0], self._slice(inputs["qkv_bias"], tap[0]), batch)
             case "attn_scores" | "attn_softmax" | "attention":
-                return self._attention(tap, inputs, batch)
+                return self._attention(layer, tap, inputs, batch)
             case "attn_out":
                 return self._project(layer, "o", inputs["attention"])
+            case "post_attn_norm":
+                return self._norm(inputs["attn_out"], layer, tap)
             case "post_attn_residual":
-                return _sum(inputs["layer_input"], inputs["attn_out"])
+                attended = "post_attn_norm" if self.config.post_norms else "attn_out"
+                return _sum(inputs["layer_input"], inputs[attended])
             case "ffn_norm":
-                name = f"model.layers.{layer}.post_attention_layernorm.weight"
-                return self._norm(inputs["post_attn_residual"], name)
+                return self._norm(inputs["post_attn_residual"], layer, tap)
             case "ffn_gate" | "ffn_up":
                 return self._project(layer, tap.removeprefix("ffn_"), inputs["ffn_norm"])
             case "ffn_silu":
-                return float64.silu(inputs["ffn_gate"])
+                gelu = self.config.activation == "gelu_tanh"
+                return (float64.gelu if gelu else float64.silu)(inputs["ffn_gate"])
             case "ffn_swiglu":
                 return np.multiply(inputs["ffn_silu"], inputs["ffn_up"], dtype=np.float64)
             case "ffn_out":
                 return self._project(layer, "down", inputs["ffn_swiglu"])
+            case "post_ffn_norm":
+                return self._norm(inputs["ffn_out"], layer, tap)
             case "post_ffn_residual":
-                return _sum(inputs["post_attn_residual"], inputs["ffn_out"])
+                moved = "post_ffn_norm" if self.config.post_norms else "ffn_out"
+                return _sum(inputs["post_attn_residual"], inputs[moved])
             case "final_norm":
-                return self._norm(inputs["layer_input"], "model.norm.weight")
+                return self._norm(inputs["layer_input"], layer, tap)
             case "lm_head":
-                return self._project(WHOLE_MODEL, "lm_head", inputs["final_norm"])
+                logits = self._project(WHOLE_MODEL, "lm_head", inputs["final_norm"])
+                cap = self.config.logit_softcap
+                return float64.capped(logits, cap) if cap else logits
         raise ValueError(f"tap {tap!r}; expected one of driftscope.forward.architecture")
 
     def part(self, layer: int, tap: str, site: str, inputs: Mapping[str, Any]) -> F64:
@@ -109,34 +117,35 @@ class ExactOps:
         raw = raw if order is None else raw[order]
         return float64.matmul_stored(x, raw, ref.dtype, threads=self._threads)
 
-    def _norm(self, x: Any, name: str, channels: int | None = None) -> F64:
-        weight = self._weights.vector(name, channels or self.config.hidden_size)
+    def _norm(self, x: Any, layer: int, tap: str, channels: int | None = None) -> F64:
+        name = norm_tensor(self.config, layer, tap)
+        weight = self._weights.vector(name, channels or self.config.hidden_size).astype(np.float64)
+        weight = weight + (self.config.norm_offset - self._artifact.tensors[name].value_offset)
         return float64.rms_norm(x, weight, self.config.rms_norm_eps)
 
     def _turned(self, layer: int, site: str, y: Any, batch: TokenBatch) -> F64:
         if self.config.qk_norm:
-            y = self._norm(y, f"model.layers.{layer}.self_attn.{site}_norm.weight", self.config.head_dim)
-        length = batch.longest
-        if self._tables is None or self._tables[0] != length:
-            tables = float64.rope_tables(self.frequencies, length, scale=rope_scale(self.config))
-            self._tables = (length, *tables)
-        return float64.rope(y, self._tables[1], self._tables[2], batch.positions)
+            y = self._norm(y, layer, f"{site}_post_rope", self.config.head_dim)
+        tables = self._rotations.tables(layer, batch, float64.rope_tables)
+        return float64.rope(y, *tables, head_dim=self.config.head_dim)
 
-    def _attention(self, tap: str, inputs: Mapping[str, Any], batch: TokenBatch) -> ExactValue:
+    def _attention(self, layer: int, tap: str, inputs: Mapping[str, Any], batch: TokenBatch) -> ExactValue:
         heads = {"n_heads": self.config.num_heads, "n_kv_heads": self.config.num_kv_heads}
         found: list[F64]
         if tap == "attn_scores" or (tap == "attention" and "attn_softmax" not in inputs):
             q, k = inputs["q_post_rope"], inputs["k_post_rope"]
-            scale = self.config.head_dim**-0.5
+            scale, cap = score_scale(self.config), self.config.attention_softcap
             found = [
-                float64.scores(q[tokens], k[tokens], scale=scale, threads=self._threads, **heads)
+                float64.scores(
+                    q[tokens], k[tokens], scale=scale, soft_cap=cap, threads=self._threads, **heads
+                )
                 for tokens in batch.slices
             ]
             if tap == "attn_scores":
                 return found
-            found = self._softmax(found)
+            found = self._softmax(layer, found)
         elif tap == "attn_softmax":
-            return self._softmax(inputs["attn_scores"])
+            return self._softmax(layer, inputs["attn_scores"])
         else:
             found = inputs["attn_softmax"]
         v = self._slice(inputs["qkv_bias"], "v")
@@ -146,8 +155,8 @@ class ExactOps:
         ]
         return np.concatenate(rows)
 
-    def _softmax(self, scores: Sequence[Any]) -> list[F64]:
-        window = self.config.sliding_window
+    def _softmax(self, layer: int, scores: Sequence[Any]) -> list[F64]:
+        window = self.config.window_of(layer)
         heads = self.config.num_heads
         return [float64.softmax(part, n_heads=heads, window=window, threads=self._threads) for part in scores]
 

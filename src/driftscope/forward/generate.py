@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from driftscope.artifacts.model import Artifact
 from driftscope.errors import InputError
+from driftscope.forward.architecture import attention_options
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.mapped import mapped
 from driftscope.forward.model import ForwardPass
 from driftscope.forward.policy import Policy
+from driftscope.forward.rotary import is_long
 from driftscope.kernels.cached_attention import KeyValueCache, cached_attention
 
 F32 = NDArray[np.float32]
@@ -60,9 +62,10 @@ class Continuation(TokenBatch):
         return super().positions + before
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, those run before included."""
-        return int((np.diff(self.boundaries) + np.array(self.lengths, dtype=np.int64)).max())
+    def totals(self) -> NDArray[np.int64]:
+        """``int64[n_sequences]``: tokens of each sequence, those run before included."""
+        found: NDArray[np.int64] = super().totals + np.array(self.lengths, dtype=np.int64)
+        return found
 
 
 class CachedPass(ForwardPass):
@@ -94,6 +97,7 @@ class CachedPass(ForwardPass):
         super().__init__(kept, policy, threads=threads)
         config = self.config
         self.lengths = [0] * sequences
+        self._tokens: list[list[int]] = [[] for _ in range(sequences)]
         self._caches = [
             KeyValueCache(sequences, config.num_kv_heads, config.head_dim, capacity)
             for _ in range(config.num_layers)
@@ -101,6 +105,9 @@ class CachedPass(ForwardPass):
 
     def feed(self, tokens: Mapping[int, Sequence[int]]) -> F32:
         """Run the next tokens of some sequences.
+
+        Where a sequence grows beyond the length from which on it turns by other angles (LongRoPE), all of its
+        tokens are run again.
 
         Args:
             tokens: slot to token ids, at least one each.
@@ -112,12 +119,16 @@ class CachedPass(ForwardPass):
         Raises:
             InputError: a sequence gets longer than the context, or an id is outside of the vocabulary.
         """
-        plain = TokenBatch.of(list(tokens.values()))
-        slots = tuple(tokens)
-        batch = Continuation(plain.ids, plain.starts, slots, tuple(self.lengths[slot] for slot in slots))
+        whole = {slot: [*self._tokens[slot], *new] for slot, new in tokens.items()}
+        kept = {
+            slot: before if is_long(self.config, before) == is_long(self.config, len(whole[slot])) else 0
+            for slot, before in ((slot, self.lengths[slot]) for slot in tokens)
+        }
+        plain = TokenBatch.of([whole[slot][kept[slot] :] for slot in tokens])
+        batch = Continuation(plain.ids, plain.starts, tuple(tokens), tuple(kept.values()))
         hidden = self.run_layers(self.embed(batch), batch, range(self.config.num_layers))
-        for slot, new in tokens.items():
-            self.lengths[slot] += len(new)
+        for slot, ids in whole.items():
+            self.lengths[slot], self._tokens[slot] = len(ids), ids
         return self.head(hidden[batch.boundaries[1:] - 1])
 
     def attend(self, layer: int, q: F32, k: F32, v: F32, batch: TokenBatch) -> F32:
@@ -130,11 +141,9 @@ class CachedPass(ForwardPass):
             self._caches[layer],
             np.array(batch.slots, dtype=np.int64),
             np.array(batch.lengths, dtype=np.int64),
-            n_heads=self.config.num_heads,
-            scale=self.config.head_dim**-0.5,
-            window=self.config.sliding_window,
             kv_type=self.policy.kv_type,
             threads=self._threads,
+            **attention_options(self.config, layer),
         )
 
 

@@ -92,6 +92,9 @@ class ForwardPass(Ops):
         self._emit(tap, layer, "attention", x)
         x = self.project(layer, "o", x)
         self._emit(tap, layer, "attn_out", x)
+        if self.config.post_norms:
+            x = self.post_attn_norm(layer, x)
+            self._emit(tap, layer, "post_attn_norm", x)
         hidden = self.add(layer, "post_attn_residual", hidden, x)
         self._emit(tap, layer, "post_attn_residual", hidden)
         return hidden
@@ -108,6 +111,9 @@ class ForwardPass(Ops):
         self._emit(tap, layer, "ffn_swiglu", x)
         x = self.project(layer, "down", x)
         self._emit(tap, layer, "ffn_out", x)
+        if self.config.post_norms:
+            x = self.post_ffn_norm(layer, x)
+            self._emit(tap, layer, "post_ffn_norm", x)
         hidden = self.add(layer, "post_ffn_residual", hidden, x)
         self._emit(tap, layer, "post_ffn_residual", hidden)
         return hidden

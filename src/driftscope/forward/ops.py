@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import ROPE_FREQS
 from driftscope.errors import InputError
-from driftscope.forward.architecture import Op, site_shape, site_tensor
+from driftscope.forward.architecture import Op, attention_options, norm_tensor, site_shape, site_tensor
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.policy import MATMUL_SITES, WHOLE_MODEL, Policy
-from driftscope.forward.rotary import longest_sequence, rope_frequencies, rope_scale
+from driftscope.forward.rotary import Rotations, longest_sequence, rotary_dim
 from driftscope.forward.weights import Weights
 from driftscope.kernels.device import kernels_on
 from driftscope.kernels.forward import to_f16
@@ -33,8 +33,12 @@ _SHARED_FIELDS = (
     "vocab_size",
     "attention_bias",
     "qk_norm",
+    "post_norms",
 )
 """What artifacts must agree on for their weights to be mixed in one pass."""
+
+_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu"}
+"""Activation of the gate to its kernel."""
 
 
 class Ops:
@@ -72,11 +76,18 @@ class Ops:
         for role in policy.artifacts:
             check_same_shape(artifacts[policy.base.artifact], artifacts[role])
         base = self._weights[policy.base.artifact]
-        half = self.config.head_dim // 2
+        half = rotary_dim(self.config) // 2
         stored = ROPE_FREQS in base.artifact.tensors
         factors = self.kernels.to_host(base.vector(ROPE_FREQS, half)) if stored else None
-        self._frequencies = rope_frequencies(self.config, factors)
-        self._rotation: tuple[TokenBatch, tuple[F32, F32, Any]] | None = None
+        self._rotations = Rotations(self.config, factors)
+        # Rows of the tables that tokens turn by, and the same on the device.
+        self._rows: tuple[NDArray[np.int64], Any] | None = None
+        self._activation = _ACTIVATIONS.get(self.config.activation, "")
+        if not self._activation:
+            raise InputError(
+                f"{base.artifact.path}: activation {self.config.activation!r} has no forward pass; "
+                f"expected one of {', '.join(_ACTIVATIONS)}"
+            )
 
     def embedding(self, batch: TokenBatch) -> F32:
         """Embedding rows of the tokens as ``float32[n_tokens, hidden_size]``, on the host.
@@ -96,11 +107,13 @@ class Ops:
                 f"token id {largest} is outside of the vocabulary of {self.config.vocab_size} tokens"
             )
         weights = self._weights[self.policy.choice(WHOLE_MODEL, "embed").artifact]
-        return weights.rows(_EMBEDDING, (self.config.vocab_size, self.config.hidden_size), batch.ids)
+        rows = weights.rows(_EMBEDDING, (self.config.vocab_size, self.config.hidden_size), batch.ids)
+        scale = np.float32(self.config.embedding_scale)
+        return rows if scale == 1 else rows * scale
 
     def attn_norm(self, layer: int, x: F32) -> F32:
         """RMSNorm before the attention."""
-        return self._norm(x, layer, f"model.layers.{layer}.input_layernorm.weight")
+        return self._norm(x, layer, "attn_norm")
 
     def project(self, layer: int, site: str, x: F32) -> F32:
         """Multiply with the weight of a matmul site, without its bias."""
@@ -122,27 +135,22 @@ class Ops:
     def turned(self, layer: int, site: str, y: F32, batch: TokenBatch) -> F32:
         """The norm of each head, where the model has one, and RoPE, of ``q`` or ``k``."""
         if self.config.qk_norm:
-            name = f"model.layers.{layer}.self_attn.{site}_norm.weight"
-            y = self._norm(y, layer, name, self.config.head_dim)
-        found: F32 = self.kernels.rope(y, *self._rotation_of(batch))
-        return found
+            y = self._norm(y, layer, f"{site}_post_rope", self.config.head_dim)
+        return self._turn(layer, y, batch)
 
     def scores(self, layer: int, q: F32, k: F32) -> F32:
-        """Scores of one sequence, ``float32[t, heads * t]``, scaled, before the mask."""
+        """Scores of one sequence, ``float32[t, heads * t]``, scaled and capped, before the mask."""
+        options = attention_options(self.config, layer)
+        del options["window"]
         found: F32 = self.kernels.attention_scores(
-            q,
-            k,
-            n_heads=self.config.num_heads,
-            n_kv_heads=self.config.num_kv_heads,
-            scale=self.config.head_dim**-0.5,
-            kv_type=self.policy.kv_type,
+            q, k, n_kv_heads=self.config.num_kv_heads, kv_type=self.policy.kv_type, **options
         )
         return found
 
     def softmax(self, layer: int, scores: F32) -> F32:
         """Softmax of the scores of one sequence under the mask."""
         found: F32 = self.kernels.attention_softmax(
-            scores, n_heads=self.config.num_heads, window=self.config.sliding_window
+            scores, n_heads=self.config.num_heads, window=self.config.window_of(layer)
         )
         return found
 
@@ -173,19 +181,20 @@ class Ops:
 
         A pass that keeps keys and values puts its own in this place.
         """
-        config = self.config
         found: F32 = self.kernels.attention(
             q,
             k,
             v,
             batch.boundaries,
-            n_heads=config.num_heads,
-            n_kv_heads=config.num_kv_heads,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window,
+            n_kv_heads=self.config.num_kv_heads,
             kv_type=self.policy.kv_type,
+            **attention_options(self.config, layer),
         )
         return found
+
+    def post_attn_norm(self, layer: int, x: F32) -> F32:
+        """RMSNorm of the attention's output, in models that have one."""
+        return self._norm(x, layer, "post_attn_norm")
 
     def add(self, layer: int, tap: str, residual: F32, x: F32) -> F32:
         """The residual stream plus a block's output; `tap` names the sum."""
@@ -194,11 +203,11 @@ class Ops:
 
     def ffn_norm(self, layer: int, x: F32) -> F32:
         """RMSNorm before the MLP."""
-        return self._norm(x, layer, f"model.layers.{layer}.post_attention_layernorm.weight")
+        return self._norm(x, layer, "ffn_norm")
 
     def activated(self, layer: int, gate: F32) -> F32:
-        """SiLU of the gate."""
-        found: F32 = self.kernels.silu(gate)
+        """SiLU or GELU of the gate."""
+        found: F32 = getattr(self.kernels, self._activation)(gate)
         return found
 
     def gated(self, layer: int, activated: F32, up: F32) -> F32:
@@ -206,13 +215,20 @@ class Ops:
         product: F32 = activated * up
         return product
 
+    def post_ffn_norm(self, layer: int, x: F32) -> F32:
+        """RMSNorm of the MLP's output, in models that have one."""
+        return self._norm(x, layer, "post_ffn_norm")
+
     def final_norm(self, x: F32) -> F32:
         """RMSNorm before the LM head."""
-        return self._norm(x, WHOLE_MODEL, "model.norm.weight")
+        return self._norm(x, WHOLE_MODEL, "final_norm")
 
     def logits(self, x: F32) -> F32:
-        """LM head."""
-        return self.project(WHOLE_MODEL, "lm_head", x)
+        """LM head, capped where the model caps its logits."""
+        found = self.project(WHOLE_MODEL, "lm_head", x)
+        if self.config.logit_softcap:
+            found = self.kernels.soft_cap(found, self.config.logit_softcap)
+        return found
 
     def activation_format(self, layer: int, op: Op) -> str:
         """Format that an op rounds its activation to, e.g. ``q8_K``; several are joined by ``+``.
@@ -228,18 +244,30 @@ class Ops:
                 formats.append(weights.activation_format(name, choice))
         return "+".join(dict.fromkeys(formats)) or "none"
 
-    def _norm(self, x: F32, layer: int, name: str, channels: int | None = None) -> F32:
+    def _norm(self, x: F32, layer: int, tap: str, channels: int | None = None) -> F32:
+        """The norm that gives a tap, or that is the first step of it."""
         weights = self._weights[self.policy.choice(layer, "norms").artifact]
-        weight = weights.vector(name, channels or self.config.hidden_size)
+        weight = weights.norm(norm_tensor(self.config, layer, tap), channels or self.config.hidden_size)
         found: F32 = self.kernels.rms_norm(x, weight, self.config.rms_norm_eps)
         return found
 
-    def _rotation_of(self, batch: TokenBatch) -> tuple[F32, F32, Any]:
-        """Cosines, sines and positions, which every layer of a batch turns by."""
-        if self._rotation is None or self._rotation[0] is not batch:
-            tables = self.kernels.rope_tables(self._frequencies, batch.longest, scale=rope_scale(self.config))
-            self._rotation = (batch, (*tables, self.kernels.to_device(batch.positions)))
-        return self._rotation[1]
+    def _turn(
+        self,
+        layer: int,
+        y: F32,
+        batch: TokenBatch,
+        *,
+        positions: NDArray[np.int64] | None = None,
+        interleaved: bool = False,
+    ) -> F32:
+        """RoPE of q or k at the batch's positions, or at others."""
+        cosine, sine, rows = self._rotations.tables(layer, batch, self.kernels.rope_tables, positions)
+        if self._rows is None or self._rows[0] is not rows:
+            self._rows = (rows, self.kernels.to_device(rows))
+        found: F32 = self.kernels.rope(
+            y, cosine, sine, self._rows[1], interleaved=interleaved, head_dim=self.config.head_dim
+        )
+        return found
 
 
 def check_same_shape(a: Artifact, b: Artifact) -> None:

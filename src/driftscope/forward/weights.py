@@ -47,6 +47,15 @@ class Weights:
         ref = self.tensor(name, (length,))
         return self._on_device(dequantize(np.ascontiguousarray(ref.raw()), ref.dtype).reshape(length))
 
+    def norm(self, name: str, length: int) -> F32:
+        """What a norm multiplies by, as ``float32[length]``: its canonical weight plus the model's offset.
+
+        A container may store the weight with the offset in it already; only what is missing is added.
+        """
+        weight = self.vector(name, length)
+        missing = self.artifact.config.norm_offset - self.artifact.tensors[name].value_offset
+        return weight + np.float32(missing) if missing else weight
+
     def rows(self, name: str, shape: tuple[int, int], rows: NDArray[np.int32]) -> F32:
         """Some rows of a matrix as ``float32[len(rows), columns]``; only they are read and decoded."""
         ref = self.tensor(name, shape)

@@ -25,6 +25,7 @@ class CpuKernels:
         self.tap_statistics = partial(statistics.tap_statistics, threads=threads)
         self.silu = partial(forward.silu, threads=threads)
         self.gelu = partial(forward.gelu, threads=threads)
+        self.soft_cap = partial(forward.soft_cap, threads=threads)
         self.attention = partial(forward.attention, threads=threads)
         self.rms_norm = forward.rms_norm
         self.rope_tables = forward.rope_tables

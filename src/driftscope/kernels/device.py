@@ -90,7 +90,14 @@ class Kernels(Protocol):
         ...
 
     def rope(
-        self, x: Array, cosine: Array, sine: Array, positions: Array, *, interleaved: bool = False
+        self,
+        x: Array,
+        cosine: Array,
+        sine: Array,
+        positions: Array,
+        *,
+        interleaved: bool = False,
+        head_dim: int | None = None,
     ) -> Array:
         """Rotate heads."""
         ...
@@ -101,6 +108,10 @@ class Kernels(Protocol):
 
     def gelu(self, gate: Array) -> Array:
         """GELU with the tanh approximation."""
+        ...
+
+    def soft_cap(self, x: Array, cap: float) -> Array:
+        """``cap * tanh(x / cap)``."""
         ...
 
     def attention(

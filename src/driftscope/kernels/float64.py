@@ -10,6 +10,7 @@ rounding of these kernels, some 1e-16 of a result, does not count.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from driftscope.kernels import ir
 from driftscope.kernels.dequantize import dequantize
-from driftscope.kernels.elementary import cosine_and_sine, exp
+from driftscope.kernels.elementary import cosine_and_sine, exp, tanh
 from driftscope.kernels.formats import row_columns
 from driftscope.kernels.ir import F32, I64, Value, vector
 from driftscope.kernels.jit import device, intrinsic, kernel
@@ -286,29 +287,44 @@ def _turn(angles: Any, cosine: Any, sine: Any) -> None:
         sine[i] = b * c + a * s
 
 
-def rope(x: NDArray[Any], cosine: F64, sine: F64, positions: NDArray[np.int64]) -> F64:
-    """Rotate every head by the angles of its token's position, channel ``i`` with ``i + head_dim / 2``.
+def rope(
+    x: NDArray[Any],
+    cosine: F64,
+    sine: F64,
+    positions: NDArray[np.int64],
+    *,
+    head_dim: int | None = None,
+) -> F64:
+    """Rotate every head by the angles of its token's position, split halves of what is turned.
 
     Args:
         x: ``float[n, heads * head_dim]``.
-        cosine: from `rope_tables`.
+        cosine: from `rope_tables`, one column a pair of channels that is turned.
         sine: from `rope_tables`.
-        positions: ``int64[n]``.
+        positions: ``int64[n]``, the rows of the tables.
+        head_dim: channels of a head, those behind the pairs stay as they are; None where all are turned.
 
     Returns:
         ``float64`` of the shape of `x`.
     """
     half = cosine.shape[1]
-    heads = np.asarray(x, np.float64).reshape(x.shape[0], -1, 2, half)
-    a, b = heads[:, :, 0], heads[:, :, 1]
+    heads = np.asarray(x, np.float64).reshape(x.shape[0], -1, head_dim or 2 * half)
+    a, b, rest = heads[:, :, :half], heads[:, :, half : 2 * half], heads[:, :, 2 * half :]
     c, s = cosine[positions][:, None, :], sine[positions][:, None, :]
-    return np.stack([a * c - b * s, b * c + a * s], axis=2).reshape(x.shape)
+    return np.concatenate([a * c - b * s, b * c + a * s, rest], axis=2).reshape(x.shape)
 
 
 def scores(
-    q: NDArray[Any], k: NDArray[Any], *, n_heads: int, n_kv_heads: int, scale: float, threads: int = 1
+    q: NDArray[Any],
+    k: NDArray[Any],
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    scale: float,
+    soft_cap: float | None = None,
+    threads: int = 1,
 ) -> F64:
-    """Scores of one sequence, scaled, before the mask.
+    """Scores of one sequence, scaled and capped, before the mask.
 
     Args:
         q: ``float[t, n_heads * head_dim]``, after RoPE.
@@ -316,6 +332,7 @@ def scores(
         n_heads: number of query heads; head ``h`` reads the keys of head ``h // (n_heads / n_kv_heads)``.
         n_kv_heads: number of key heads.
         scale: usually ``head_dim ** -0.5``.
+        soft_cap: a score s becomes ``soft_cap * tanh(s / soft_cap)``; None for no cap.
         threads: number of threads; the result does not depend on it.
 
     Returns:
@@ -326,7 +343,8 @@ def scores(
     for head in range(n_heads):
         keys = k[:, head // group * width : (head // group + 1) * width]
         found.append(matmul(q[:, head * width : (head + 1) * width], keys, threads=threads) * scale)
-    return np.concatenate(found, axis=1)
+    together = np.concatenate(found, axis=1)
+    return capped(together, soft_cap) if soft_cap else together
 
 
 def softmax(scores: NDArray[Any], *, n_heads: int, window: int | None = None, threads: int = 1) -> F64:
@@ -394,12 +412,46 @@ def weigh(weights: NDArray[Any], v: NDArray[Any], *, n_heads: int, n_kv_heads: i
     return np.concatenate(found, axis=1)
 
 
+def capped(x: NDArray[Any], cap: float) -> F64:
+    """``cap * tanh(x / cap)`` of every value, ``float64`` of the shape of `x`."""
+    values = np.ascontiguousarray(x, np.float64)
+    out = np.empty(values.shape)
+    _cap(values.reshape(-1), float(cap), out.reshape(-1))
+    return out
+
+
+@kernel("void(f8[::1], f8, f8[::1])")
+def _cap(x: Any, cap: float, out: Any) -> None:
+    for i in range(x.shape[0]):
+        out[i] = cap * tanh(x[i] / cap)
+
+
 def silu(x: NDArray[Any]) -> F64:
     """``x / (1 + exp(-x))`` of every value, ``float64`` of the shape of `x`."""
     values = np.ascontiguousarray(x, np.float64)
     out = np.empty(values.shape)
     _silu(values.reshape(-1), out.reshape(-1))
     return out
+
+
+def gelu(x: NDArray[Any]) -> F64:
+    """GELU with the tanh approximation of every value, ``float64`` of the shape of `x`.
+
+    The form is that of `driftscope.kernels.forward.gelu`.
+    """
+    values = np.ascontiguousarray(x, np.float64)
+    out = np.empty(values.shape)
+    _gelu(values.reshape(-1), out.reshape(-1))
+    return out
+
+
+_MINUS_TWO_ROOTS = -2.0 * math.sqrt(2.0 / math.pi)
+
+
+@kernel("void(f8[::1], f8[::1])")
+def _gelu(x: Any, out: Any) -> None:
+    for i in range(x.shape[0]):
+        out[i] = x[i] / (1.0 + exp(_MINUS_TWO_ROOTS * (x[i] + 0.044715 * x[i] * x[i] * x[i])))
 
 
 @kernel("void(f8[::1], f8[::1])")

@@ -93,32 +93,44 @@ def _rope_tables(angles, scale, cosine, sine):  # type: ignore[no-untyped-def]
         sine[i] = np.float32(b) * scale
 
 
-def rope(x: F32, cosine: F32, sine: F32, positions: NDArray[np.int64], *, interleaved: bool = False) -> F32:
+def rope(
+    x: F32,
+    cosine: F32,
+    sine: F32,
+    positions: NDArray[np.int64],
+    *,
+    interleaved: bool = False,
+    head_dim: int | None = None,
+) -> F32:
     """Rotate every head by the angles of its token's position (Su et al. 2021).
 
     Args:
         x: ``float32[n, heads * head_dim]``.
-        cosine: from `rope_tables`.
+        cosine: from `rope_tables`, one column a pair of channels that is turned.
         sine: from `rope_tables`.
-        positions: ``int64[n]``.
+        positions: ``int64[n]``, the rows of the tables.
         interleaved: channel ``2 i`` of a head is paired with ``2 i + 1``, as in the paper and in ggml's
-            normal mode; else channel ``i`` with ``i + head_dim / 2`` (split-half), as in transformers. Rows
-            of a weight that are stored for one pairing can be permuted for the other.
+            normal mode; else channel ``i`` with the one behind it by the number of pairs (split-half), as in
+            transformers. Rows of a weight that are stored for one pairing can be permuted for the other.
+        head_dim: channels of a head, those behind the pairs stay as they are; None where all are turned.
 
     Returns:
         ``float32`` of the shape of `x`.
     """
     out = np.empty(x.shape, dtype=np.float32)
-    _rope(np.ascontiguousarray(x), cosine, sine, positions, interleaved, out)
+    width = head_dim or 2 * cosine.shape[1]
+    _rope(np.ascontiguousarray(x), cosine, sine, positions, interleaved, width, out)
     return out
 
 
-@kernel("void(R(float32, 2), R(float32, 2), R(float32, 2), R(int64, 1), boolean, float32[:, ::1])")
-def _rope(x, cosine, sine, positions, interleaved, out):  # type: ignore[no-untyped-def]
+@kernel("void(R(float32, 2), R(float32, 2), R(float32, 2), R(int64, 1), boolean, int64, float32[:, ::1])")
+def _rope(x, cosine, sine, positions, interleaved, head_dim, out):  # type: ignore[no-untyped-def]
     half = cosine.shape[1]
     for i in range(x.shape[0]):
         row = positions[i]
-        for head in range(0, x.shape[1], 2 * half):
+        for head in range(0, x.shape[1], head_dim):
+            for c in range(head + 2 * half, head + head_dim):
+                out[i, c] = x[i, c]
             if interleaved:
                 for c in range(half):
                     a, b = x[i, head + 2 * c], x[i, head + 2 * c + 1]
@@ -162,6 +174,17 @@ def _gelu(x, out):  # type: ignore[no-untyped-def]
         out[i] = np.float32(
             value / (1.0 + exp(_MINUS_TWO_ROOTS * (value + 0.044715 * value * value * value)))
         )
+
+
+def soft_cap(x: F32, cap: float, *, threads: int = 1) -> F32:
+    """``cap * tanh(x / cap)`` of every value, in float64, rounded once (Gemma 2)."""
+    return _of_each_value(lambda values, out: _soft_cap(values, float(cap), out), x, threads)
+
+
+@kernel("void(R(float32, 1), float64, float32[::1])")
+def _soft_cap(x, cap, out):  # type: ignore[no-untyped-def]
+    for i in range(x.shape[0]):
+        out[i] = np.float32(cap * tanh(np.float64(x[i]) / cap))
 
 
 def _of_each_value(work: Callable[[F32, F32], None], x: F32, threads: int) -> F32:

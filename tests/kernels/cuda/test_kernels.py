@@ -421,17 +421,21 @@ def test_rms_norm(kernels: CudaKernels, n: int, heads: int, channels: int, seed:
     n=st.integers(1, 5),
     heads=st.integers(1, 3),
     half=st.integers(1, 20),
+    rest=st.integers(0, 5),
     seed=SEEDS,
     interleaved=st.booleans(),
 )
-def test_rope(kernels: CudaKernels, n: int, heads: int, half: int, seed: int, interleaved: bool) -> None:
-    x = activation_of(n, heads * 2 * half, seed)
+def test_rope(
+    kernels: CudaKernels, n: int, heads: int, half: int, rest: int, seed: int, interleaved: bool
+) -> None:
+    x = activation_of(n, heads * (2 * half + rest), seed)
     frequencies = generator(seed).random(half).astype(np.float32)
     cosine, sine = forward.rope_tables(frequencies, 50)
     same_bits(kernels.to_host(kernels.rope_tables(frequencies, 50)[0]), cosine)
     positions = generator(seed).integers(0, 50, n)
-    found = kernels.rope(x, cosine, sine, positions, interleaved=interleaved)
-    same_bits(found, forward.rope(x, cosine, sine, positions, interleaved=interleaved))
+    options: dict[str, Any] = {"interleaved": interleaved, "head_dim": 2 * half + rest if rest else None}
+    found = kernels.rope(x, cosine, sine, positions, **options)
+    same_bits(found, forward.rope(x, cosine, sine, positions, **options))
 
 
 @FEW
@@ -441,6 +445,7 @@ def test_gates(kernels: CudaKernels, seed: int, size: float, kind: str) -> None:
         gate, up = activation_of(3, 300, seed, kind) * np.float32(size), activation_of(3, 300, seed + 1)
         for name in ("silu", "gelu"):
             same_bits(getattr(kernels, name)(gate), getattr(forward, name)(gate))
+        same_bits(kernels.soft_cap(gate, 30.0), forward.soft_cap(gate, 30.0))
         for name in ("swiglu", "geglu"):
             same_bits(getattr(kernels, name)(gate, up), getattr(forward, name)(gate, up))
 

@@ -12,20 +12,23 @@ __global__ void __launch_bounds__(THREADS)
         out[static_cast<i64>(blockIdx.x) * channels + c] = (row[c] * scale) * weight[c];
 }
 
-// A thread a pair of channels of x f32[n, pairs * 2]. The channels of a pair are `half` apart within their head, or
-// adjacent where it is interleaved.
-__global__ void rope(const float* x, const float* cosine, const float* sine, const i64* positions, i64 n, int pairs,
-                     int half, int interleaved, float* out) {
+// A thread a channel of x f32[n, width], in heads of `channels`, of which the leading 2 * `half` are turned: the
+// channels of a pair are `half` apart, or adjacent where it is interleaved. positions i64[n] are rows of the tables.
+__global__ void rope(const float* x, const float* cosine, const float* sine, const i64* positions, i64 n, int width,
+                     int channels, int half, int interleaved, float* out) {
     const i64 at = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= n * pairs) return;
-    const i64 token = at / pairs;
-    const int pair = static_cast<int>(at % pairs), c = pair % half;
-    const i64 head = token * pairs * 2 + pair / half * 2 * half;
-    const i64 first = head + (interleaved ? 2 * c : c), second = first + (interleaved ? 1 : half);
-    const float a = x[first], b = x[second];
-    const float cos_c = cosine[positions[token] * half + c], sin_c = sine[positions[token] * half + c];
-    out[first] = a * cos_c - b * sin_c;
-    out[second] = b * cos_c + a * sin_c;
+    if (at >= n * width) return;
+    const i64 token = at / width;
+    const int c = static_cast<int>(at % width) % channels;
+    if (c >= 2 * half) {
+        out[at] = x[at];
+        return;
+    }
+    const int pair = interleaved ? c / 2 : c % half;
+    const bool second = interleaved ? c % 2 : c >= half;
+    const i64 step = interleaved ? 1 : half;
+    const float cos_c = cosine[positions[token] * half + pair], sin_c = sine[positions[token] * half + pair];
+    out[at] = second ? x[at] * cos_c + x[at - step] * sin_c : x[at] * cos_c - x[at + step] * sin_c;
 }
 
 __global__ void silu(const float* x, i64 count, float* out) {
@@ -43,6 +46,11 @@ __global__ void gelu(const float* x, i64 count, float* out) {
     const double value = x[at];
     const double inner = minus_two_roots * (value + 0.044715 * value * value * value);
     out[at] = static_cast<float>(value / (1.0 + exp_of(inner)));
+}
+
+__global__ void soft_cap(const float* x, i64 count, double cap, float* out) {
+    const i64 at = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at < count) out[at] = static_cast<float>(cap * tanh_of(static_cast<double>(x[at]) / cap));
 }
 
 // Shapes of the heads, the scale of the scores, and the cap (0 for none).

@@ -322,16 +322,25 @@ class CudaKernels:
         return self.card.upload(cosine), self.card.upload(sine)
 
     def rope(
-        self, x: Array, cosine: Array, sine: Array, positions: Array, *, interleaved: bool = False
+        self,
+        x: Array,
+        cosine: Array,
+        sine: Array,
+        positions: Array,
+        *,
+        interleaved: bool = False,
+        head_dim: int | None = None,
     ) -> Array:
         """Rotate every head by the angles of its token's position."""
         values = self._in(x)
-        out = self.card.empty(values.shape, np.float32)
         n, width = values.shape
+        half = cosine.shape[1]
+        channels = head_dim or 2 * half
+        out = self.card.empty(values.shape, np.float32)
         if out.size:
             tables = (self._in(cosine), self._in(sine), self._in(positions, np.int64))
-            sizes = (np.int64(n), np.int32(width // 2), np.int32(cosine.shape[1]), np.int32(interleaved))
-            self._each(sources.FORWARD["rope"], out.size // 2, values, *tables, *sizes, out)
+            sizes = (np.int64(n), *map(np.int32, (width, channels, half, interleaved)))
+            self._each(sources.FORWARD["rope"], out.size, values, *tables, *sizes, out)
         return self._out(out, x)
 
     def silu(self, gate: Array) -> Array:
@@ -341,6 +350,10 @@ class CudaKernels:
     def gelu(self, gate: Array) -> Array:
         """GELU of every value, with the tanh approximation."""
         return self._of_each_value("gelu", gate)
+
+    def soft_cap(self, x: Array, cap: float) -> Array:
+        """``cap * tanh(x / cap)`` of every value."""
+        return self._of_each_value("soft_cap", x, np.float64(cap))
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """``silu(gate) * up``."""
@@ -421,11 +434,11 @@ class CudaKernels:
         _check_kv_type(kv_type)
         return self._rounded(self._in(x), "f16" if kv_type == "f16" else "none")
 
-    def _of_each_value(self, name: str, x: Array) -> Array:
+    def _of_each_value(self, name: str, x: Array, *arguments: np.generic) -> Array:
         values = self._in(x)
         out = self.card.empty(values.shape, np.float32)
         if out.size:
-            self._each(sources.FORWARD[name], out.size, values, np.int64(out.size), out)
+            self._each(sources.FORWARD[name], out.size, values, np.int64(out.size), *arguments, out)
         return self._out(out, x)
 
     def _each(self, kernel: Kernel, count: int, *arguments: Any) -> None:

@@ -98,7 +98,7 @@ def compare(a: str, b: str, cells: int, count: int, *, transposed: tuple[bool, b
 FORWARD = {
     name: Kernel("forward.cu", name)
     for name in (
-        *("rms_norm", "rope", "silu", "gelu"),
+        *("rms_norm", "rope", "silu", "gelu", "soft_cap"),
         *("attention<false>", "attention<true>", "attention_scores", "attention_softmax"),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.kernels.reference.forward import soft_cap as capped
 from driftscope.kernels.reference.forward import visible
 
 F64 = NDArray[np.float64]
@@ -18,10 +19,13 @@ def matmul(x: F64, w: F64) -> F64:
     return out
 
 
-def scores(q: F64, k: F64, *, n_heads: int, n_kv_heads: int, scale: float) -> F64:
-    """``q k^T * scale``, head by head side by side."""
+def scores(
+    q: F64, k: F64, *, n_heads: int, n_kv_heads: int, scale: float, soft_cap: float | None = None
+) -> F64:
+    """``q k^T * scale``, capped where asked for, head by head side by side."""
     queries, keys = _heads(q, n_heads), np.repeat(_heads(k, n_kv_heads), n_heads // n_kv_heads, axis=0)
-    return np.concatenate(list(np.einsum("htc,hjc->htj", queries, keys) * scale), axis=1)
+    found = np.concatenate(list(np.einsum("htc,hjc->htj", queries, keys) * scale), axis=1)
+    return capped(found, soft_cap) if soft_cap else found
 
 
 def softmax(scores: F64, *, n_heads: int, window: int | None = None) -> F64:

@@ -24,18 +24,23 @@ def rope(
     *,
     scale: float = 1.0,
     interleaved: bool = False,
+    head_dim: int | None = None,
 ) -> F64:
     """Rotate every head of ``[n, heads * head_dim]`` by ``position * frequency`` and stretch it by `scale`.
 
-    The pairs are split halves of the head, or neighbours where `interleaved`.
+    The pairs are split halves of what is turned, or neighbours where `interleaved`; what is behind them in a
+    head stays.
     """
     half = frequencies.shape[0]
-    split = (x.shape[0], -1, half, 2) if interleaved else (x.shape[0], -1, 2, half)
+    heads = x.reshape(x.shape[0], -1, head_dim or 2 * half).copy()
+    n, count = heads.shape[:2]
+    split = (n, count, half, 2) if interleaved else (n, count, 2, half)
     axis = 3 if interleaved else 2
-    first, second = np.moveaxis(x.reshape(split), axis, 0)
+    first, second = np.moveaxis(heads[:, :, : 2 * half].reshape(split), axis, 0)
     turn = scale * np.exp(1j * positions[:, None] * frequencies)
     turned = (first + 1j * second) * turn[:, None, :]
-    return np.stack([turned.real, turned.imag], axis=axis).reshape(x.shape)
+    heads[:, :, : 2 * half] = np.stack([turned.real, turned.imag], axis=axis).reshape(n, count, 2 * half)
+    return heads.reshape(x.shape)
 
 
 def silu(gate: F64) -> F64:
@@ -56,6 +61,11 @@ def gelu(gate: F64) -> F64:
 def geglu(gate: F64, up: F64) -> F64:
     """``gelu(gate) * up``."""
     return gelu(gate) * up
+
+
+def soft_cap(x: F64, cap: float) -> F64:
+    """``cap tanh(x / cap)``."""
+    return cap * np.tanh(x / cap)
 
 
 def visible(length: int, window: int | None) -> NDArray[np.bool_]:
