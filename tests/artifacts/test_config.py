@@ -144,7 +144,11 @@ def test_sliding_window_of_mistral() -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not supported"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"attention_bias": True}, "attention_bias is true; expected false for llama"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config has the quant_method 'None'; expected one of fp8",
+        ),
+        ({"quantization_config": {"quant_method": "gptq"}}, "has the quant_method 'gptq'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
         ({**WINDOW, "max_window_layers": -1}, "max_window_layers is -1"),
         ({**WINDOW, "layer_types": []}, "layer_types is not a list of 2 names"),

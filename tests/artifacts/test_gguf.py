@@ -6,6 +6,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_alignment(tmp_path: Path, alignment: int) -> None:
 def test_version_2_is_read(tiny: Path, tmp_path: Path) -> None:
     path = patched(tiny, tmp_path, 4, struct.pack("<I", 2))
     assert read_gguf(path).version == 2
-    assert read_gguf(path).tensors == read_gguf(tiny).tensors
+    assert [replace(tensor, file=tiny) for tensor in read_gguf(path).tensors] == list(read_gguf(tiny).tensors)
 
 
 def test_every_scalar_type(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from driftscope.artifacts.model import ModelConfig
 from driftscope.artifacts.rope_config import rope_from_hf
+from driftscope.artifacts.scaled import check_quantization
 from driftscope.artifacts.values import count, epsilon, flag, positive, short
 from driftscope.artifacts.windows import windows_from_hf
 from driftscope.errors import InputError
@@ -52,7 +53,6 @@ _DEFAULT_EPS = 1e-6
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "pretraining_tp": (0, 1),
-    "quantization_config": (),
     "use_bidirectional_attention": (False,),
 }
 _NEUTRAL_OF_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
@@ -84,6 +84,8 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
         value = document.get(key)
         if value is not None and value not in neutral:
             raise InputError(f"{where}: {key} is {short(value)}, which is not supported")
+    if document.get("quantization_config") is not None:
+        check_quantization(document["quantization_config"], where)
     if document.get("attention_bias") and architecture != "qwen2":
         raise InputError(
             f"{where}: attention_bias is true; expected false for {architecture} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import stat
@@ -11,6 +12,19 @@ from typing import Any
 from driftscope.errors import InputError
 
 _MAX_JSON_BYTES = 256 * 2**20
+
+# What is read from a model folder besides its weights.
+_BESIDE_WEIGHTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
 
 
 def regular_file_size(path: Path) -> int:
@@ -52,6 +66,77 @@ def list_folder(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed ({_reason(error)})") from error
+
+
+def member(folder: Path, name: str, *, beside: Path | None = None) -> Path:
+    """A file that belongs to a model folder, followed through links no further than the model.
+
+    A link may lead to another place in the folder, or to the blobs of the hub's cache whose snapshot the
+    folder is (``<model>/snapshots/<revision>`` and ``<model>/blobs``). A path that a person typed may lead
+    anywhere; what a folder or an index names may not.
+
+    Args:
+        folder: the model folder.
+        name: a file name in it; checked by the caller to hold no path.
+        beside: a file that a person typed: where that leads to, its neighbours may lead as well.
+
+    Raises:
+        InputError: the file is a link that leaves the model.
+    """
+    path = folder / name
+    try:
+        if not path.is_symlink():
+            return path
+        target = Path(os.path.realpath(path))
+        roots = [Path(os.path.realpath(folder))]
+        if beside is not None:
+            roots.append(Path(os.path.realpath(beside)).parent)
+        if any(target.is_relative_to(root) for start in roots for root in (start, *_blobs(start))):
+            return path
+        link = os.readlink(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be opened ({_reason(error)})") from error
+    raise InputError(
+        f"{path}: a symbolic link to {link[:200]!r}, outside of the model folder; expected a file in it"
+    )
+
+
+def check_members(folder: Path) -> None:
+    """Check every file that may be read beside the weights, before any of them is.
+
+    Raises:
+        InputError: one is there and is no regular file of bounded size, or is a link that leaves the model.
+    """
+    for name in _BESIDE_WEIGHTS:
+        path = member(folder, name)
+        if os.path.lexists(path):
+            size = regular_file_size(path)
+            if size > _MAX_JSON_BYTES:
+                raise InputError(f"{path}: {size} bytes; expected at most {_MAX_JSON_BYTES}")
+
+
+def _blobs(root: Path) -> list[Path]:
+    """The blobs of the hub's cache that a folder is a snapshot in, or nothing."""
+    return [
+        snapshot.parent.parent / "blobs"
+        for snapshot in (root, *root.parents)
+        if snapshot.parent.name == "snapshots"
+    ]
+
+
+def matches(pattern: Path) -> list[Path]:
+    """The paths that a pattern of the shell matches, sorted; none where something has that very name.
+
+    Raises:
+        InputError: `pattern` is a pattern and matches nothing.
+    """
+    text = str(pattern)
+    if not glob.has_magic(text) or "\0" in text or os.path.lexists(pattern):
+        return []
+    found = sorted(Path(name) for name in glob.glob(text))
+    if not found:
+        raise InputError(f"{pattern}: no file matches this pattern")
+    return found
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

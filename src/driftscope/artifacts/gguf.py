@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, overload
@@ -120,6 +120,7 @@ class GgufTensor:
     dtype: str
     offset: int
     nbytes: int
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,13 @@ class GgufFile:
     """What a GGUF file says.
 
     Attributes:
-        path: the file.
+        path: the file; of a model in parts, the first.
         version: of the format.
         alignment: bytes that every tensor's offset is a multiple of.
         data_offset: where the tensor data starts.
         metadata: key to number, bool, string, tuple of these, or `Strings`.
-        tensors: in the order of the file.
+        tensors: in the order of the file, or of the files.
+        files: the file, or the parts in their order.
     """
 
     path: Path
@@ -141,6 +143,7 @@ class GgufFile:
     data_offset: int
     metadata: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
+    files: tuple[Path, ...]
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -193,7 +196,7 @@ class _Reader:
         data_offset = -(-self._position // alignment) * alignment
         tensors = tuple(self._placed(entry, data_offset, alignment) for entry in entries)
         self._check_distinct(tensors)
-        return GgufFile(self._path, version, alignment, data_offset, metadata, tensors)
+        return GgufFile(self._path, version, alignment, data_offset, metadata, tensors, (self._path,))
 
     def _value(self, key: str) -> Any:
         kind = self._scalar(_U32, f"type of {key}")
@@ -266,7 +269,7 @@ class _Reader:
         nbytes = block_bytes
         for blocks in (*shape[:-1], shape[-1] // block_size):
             nbytes *= blocks
-        return GgufTensor(name, shape, dtype, self._scalar(_U64, f"offset of {label}"), nbytes)
+        return GgufTensor(name, shape, dtype, self._scalar(_U64, f"offset of {label}"), nbytes, self._path)
 
     def _placed(self, entry: GgufTensor, data_offset: int, alignment: int) -> GgufTensor:
         """The tensor with its offset from the start of the file, which holds all of it."""
@@ -279,7 +282,7 @@ class _Reader:
                 f"{label} ({entry.dtype} {'x'.join(map(str, entry.shape))}) ends at byte "
                 f"{start + entry.nbytes}, but the file has {self._size}; is it truncated?"
             )
-        return GgufTensor(entry.name, entry.shape, entry.dtype, start, entry.nbytes)
+        return replace(entry, offset=start)
 
     def _check_distinct(self, tensors: tuple[GgufTensor, ...]) -> None:
         """No two tensors have one name or share bytes."""

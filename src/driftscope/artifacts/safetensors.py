@@ -6,23 +6,41 @@ that gives each tensor's dtype, shape and byte range, and the data without gaps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
 
-from driftscope.artifacts.files import parse_json_object, read_json_object, regular_file_size
+from driftscope.artifacts.files import member, parse_json_object, read_json_object, regular_file_size
 from driftscope.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 
-# Bytes of a value of each dtype whose name is also that of a format here.
-FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Bits of a value of each dtype that the library's header knows.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
+"""The dtypes whose name is also that of a format here; others are refused where a model's weights are one."""
+
+# ``model-00002-of-00005.safetensors``.
+_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
 
 # The limit of the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
+
+# Far above any tensor's; more would make products of many thousand bits.
+_MAX_DIMS = 64
 
 
 @dataclass(frozen=True)
@@ -104,15 +122,51 @@ def read_sharded(folder: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]
                 f"{index}: {_short(name)} is in {_short(shard)}; "
                 "expected a .safetensors file name without a path"
             )
-    shards = {shard: read_safetensors(folder / shard) for shard in sorted(set(weight_map.values()))}
+    shards = {shard: read_safetensors(member(folder, shard)) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise InputError(f"{index}: {_short(name)} is not in {shard}, where the index says it is")
+    _check_distinct(shards.values(), str(folder))
     listed = {name: shards[shard][name] for name, shard in weight_map.items()}
-    unlisted = sorted(
-        name for shard, tensors in shards.items() for name in tensors if weight_map.get(name) != shard
-    )
+    unlisted = sorted(name for tensors in shards.values() for name in tensors if name not in weight_map)
     return listed, tuple(unlisted), (index, *(folder / shard for shard in sorted(shards)))
+
+
+def read_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Read the headers of files that hold one model together, without an index.
+
+    Args:
+        files: of one folder. Where they are numbered (``model-00002-of-00005.safetensors``), all are there.
+
+    Returns:
+        Name to tensor.
+
+    Raises:
+        InputError: a missing or unusable file, or a tensor that two files hold.
+    """
+    files = sorted(files)
+    names = {file.name for file in files}
+    for file in files:
+        numbered = _SHARD.fullmatch(file.name)
+        count = int(numbered[3]) if numbered else 0
+        for number in range(1, count + 1):
+            expected = f"{numbered[1]}{number:05d}-of-{count:05d}.safetensors" if numbered else ""
+            if expected not in names:
+                raise InputError(f"{file}: its neighbour {expected} is missing")
+    shards = [read_safetensors(file) for file in files]
+    _check_distinct(shards, str(files[0].parent))
+    return {name: tensor for tensors in shards for name, tensor in tensors.items()}
+
+
+def _check_distinct(shards: Iterable[Mapping[str, StoredTensor]], where: str) -> None:
+    """No tensor is in two shards."""
+    seen: dict[str, StoredTensor] = {}
+    for tensors in shards:
+        for name, tensor in tensors.items():
+            if name in seen:
+                files = f"{seen[name].file.name} and in {tensor.file.name}"
+                raise InputError(f"{where}: {_short(name)} is in {files}; expected it once")
+            seen[name] = tensor
 
 
 def _entry(name: str, entry: Any, path: Path, data_offset: int, size: int) -> StoredTensor:
@@ -132,12 +186,16 @@ def _entry(name: str, entry: Any, path: Path, data_offset: int, size: int) -> St
         raise InputError(
             f"{label} ends at byte {data_offset + end}, but the file has {size}; is it truncated?"
         )
-    if dtype in FLOAT_BYTES:
-        nbytes = FLOAT_BYTES[dtype]
-        for dim in shape:
-            nbytes *= dim
-        if nbytes != end - begin:
-            raise InputError(f"{label} has {end - begin} bytes; {dtype} {shape} takes {nbytes}")
+    if dtype not in _BITS:
+        raise InputError(f"{label} has the unknown dtype {_short(dtype)}; known are {', '.join(_BITS)}")
+    if len(shape) > _MAX_DIMS:
+        raise InputError(f"{label} has {len(shape)} dimensions; expected at most {_MAX_DIMS}")
+    bits = _BITS[dtype]
+    for dim in shape:
+        bits *= dim
+    if bits != 8 * (end - begin):
+        takes = f"{bits // 8} bytes and {bits % 8} bits" if bits % 8 else f"{bits // 8}"
+        raise InputError(f"{label} has {end - begin} bytes; {dtype} {_short(shape)} takes {_short(takes)}")
     return StoredTensor(name, tuple(shape), dtype, path, data_offset + begin, end - begin)
 
 
