@@ -33,15 +33,15 @@ def header(
     version: tuple[int, int] = (2, 0),
     flags: int = ROW_MAJOR,
     at_metadata: int = 64,
-    checksum: int | None = None,
+    header_checksum: int | None = None,
 ) -> bytes:
     """The 64 bytes in front, with the checksum of bytes 0-39 and 44-63."""
     start = magic + struct.pack("<BBH", *version, flags)
     start += struct.pack("<IQIQQ", count, at_metadata, metadata_size, at_index, at_data)
     end = b"\0" * 20
-    if checksum is None:
-        checksum = zlib.crc32(start + end)
-    return start + struct.pack("<I", checksum) + end
+    if header_checksum is None:
+        header_checksum = zlib.crc32(start + end)
+    return start + struct.pack("<I", header_checksum) + end
 
 
 def entry(name: bytes, code: int, dims: Iterable[int], offset: int, size: int) -> bytes:

@@ -192,9 +192,7 @@ class _Reader:
         }
         for (before, start), (after, end) in pairwise(ends.items()):
             if start > end:
-                self._fail(
-                    f"the {before} reaches byte {start}, but the {after} starts at {end}; is it truncated?"
-                )
+                self._fail(f"the {before} is at byte {start}, but the {after} at {end}; is it truncated?")
         for name, start in (("tensor index", at_index), ("data", at_data)):
             if start % ALIGNMENT:
                 self._fail(f"the {name} starts at byte {start}; expected a multiple of {ALIGNMENT}")
