@@ -18,15 +18,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from driftscope.errors import InputError
-
-if TYPE_CHECKING:
-    from driftscope.artifacts.model import Artifact
-    from driftscope.kernels.device import Kernels
 
 Row = Mapping[str, Any]
 
@@ -89,7 +85,7 @@ class Relation:
 
     @property
     def kind(self) -> str:
-        """The relation for counting: as `name`, but ``equal-under`` or ``transformed`` without the transform."""
+        """The relation for counting: ``equal-under`` or ``transformed`` instead of the transform's name."""
         if self.match not in FINE:
             return self.match
         if not self.expected:
@@ -161,34 +157,6 @@ def relation_of(row: Row, band: Band) -> Relation:
     if band.holds(measured, expected):
         return of("quantized-from")
     return of("different")
-
-
-def relate(
-    rows: Iterable[Row],
-    inventory: Row,
-    band: Band,
-    a: Artifact | None = None,
-    b: Artifact | None = None,
-    *,
-    kernels: Kernels | None = None,
-) -> Relations:
-    """Name the relation of every tensor of a pair.
-
-    Args:
-        rows: the rows of the sweep.
-        inventory: see `driftscope.analysis.inventory`.
-        band: measured over expected NMSE that makes a tensor ``quantized-from``.
-        a: the teacher; with b, tensors that nothing explains are read again under transforms. Without them
-            such tensors stay ``different``.
-        b: the candidate.
-        kernels: where to compare what is read again; by default on the CPU with one thread.
-    """
-    found = [relation_of(row, band) for row in rows]
-    alone = [
-        *(Relation(name, "missing") for name in inventory["missing"]),
-        *(Relation(name, "extra") for name in inventory["extra"]),
-    ]
-    return Relations(band, tuple([*found, *alone]))
 
 
 def _between(row: Row) -> tuple[str, ...]:

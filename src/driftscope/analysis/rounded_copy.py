@@ -1,4 +1,4 @@
-"""Whether a tensor is another one's values, each rounded to a smaller float format: a claim about every bit."""
+"""Whether a tensor is another one's values, each rounded to a smaller float format: bit for bit or not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from driftscope.analysis.tensor_rows import F32, U8, spans, stored_bytes
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.kernels.dequantize import dequantize
-from driftscope.kernels.formats import FORMATS, format_of
+from driftscope.kernels.formats import format_of
 
 _U32 = np.uint32
 
@@ -103,8 +103,3 @@ def _nearest(values: F32, dtype: str) -> F32:
     up = (size - low > high - size) | ((size - low == high - size) & (order[above] % 2 == 0))
     nearest = np.where(up, high, low)
     return np.copysign(nearest, values).astype(np.float32)
-
-
-def narrower(a: str, b: str) -> bool:
-    """Whether values of b's format are rounded where a's are not."""
-    return is_float(b) and b != a and b in FORMATS

@@ -9,7 +9,8 @@ from __future__ import annotations
 from driftscope.analysis.inventory import inventory
 from driftscope.analysis.metadata import metadata_differences
 from driftscope.analysis.pairs import Pair, applied, pairs, plan_shards
-from driftscope.analysis.relations import Band, Relation, Relations, relate, relation_of
+from driftscope.analysis.relate import relate
+from driftscope.analysis.relations import Band, Relation, Relations, relation_of
 from driftscope.analysis.sweep_summary import summarise
 from driftscope.analysis.tensor_comparison import compare_tensor, published_status
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from driftscope.analysis.relations import Band, Relations, relate
+from driftscope.analysis.relate import relate
+from driftscope.analysis.relations import Band, Relations
 
 if TYPE_CHECKING:
     import polars as pl

@@ -168,7 +168,9 @@ def _equal_beyond_f32(a: TensorRef, b: TensorRef) -> bool:
     if "F64" not in (a.dtype, b.dtype):
         return True
     return all(
-        np.array_equal(*(_in_f64(stored_bytes(ref, first, end), ref.dtype) for ref in (a, b)))
+        np.array_equal(
+            _in_f64(stored_bytes(a, first, end), a.dtype), _in_f64(stored_bytes(b, first, end), b.dtype)
+        )
         for first, end in spans(a)
     )
 
