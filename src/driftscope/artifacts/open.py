@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 from driftscope.artifacts.apr import MAGIC as APR_MAGIC
-from driftscope.artifacts.complete import layer_shapes
 from driftscope.artifacts.config import config_from_hf
 from driftscope.artifacts.files import (
     check_members,
@@ -22,15 +20,9 @@ from driftscope.artifacts.files import (
 from driftscope.artifacts.gguf import MAGIC
 from driftscope.artifacts.gguf_config import config_from_gguf
 from driftscope.artifacts.gguf_split import read_gguf_model
-from driftscope.artifacts.model import Artifact, ModelConfig
-from driftscope.artifacts.names import (
-    GGUF_ARCHITECTURES,
-    canonical_order,
-    gguf_parts,
-    hf_parts,
-    layer_of,
-    suffix_of,
-)
+from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.names import GGUF_ARCHITECTURES, gguf_parts, hf_parts
+from driftscope.artifacts.parts import assembled, is_known, parts_of
 from driftscope.artifacts.rope_factors import with_stored_factors
 from driftscope.artifacts.safetensors import (
     FLOAT_DTYPES,
@@ -111,7 +103,7 @@ def _open_gguf(path: Path) -> Artifact:
             offset=tensor.offset,
             nbytes=tensor.nbytes,
         )
-        parts = _parts(whole, gguf_parts(tensor.name, architecture), config)
+        parts = parts_of(whole, gguf_parts(tensor.name, architecture), config)
         heads = {part.name: rope_heads(part.name, architecture, config) for part in parts}
         if not parts or any(heads[part.name] and len(part.shape) != 2 for part in parts):
             unmapped.append(tensor.name)
@@ -126,7 +118,7 @@ def _open_gguf(path: Path) -> Artifact:
             offset = value_offset(part.name, architecture)
             tensors.append(replace(part, rope_heads=n_heads, value_offset=offset))
     config = with_stored_factors(config, {tensor.name: tensor for tensor in tensors}, file.metadata, where)
-    return _artifact(file.path, "gguf", config, tensors, unmapped, file.files, file.metadata)
+    return assembled(file.path, "gguf", config, tensors, unmapped, file.files, file.metadata)
 
 
 def _open_folder(folder: Path) -> Artifact:
@@ -185,7 +177,7 @@ def _open_safetensors(
     scales = scales_beside(stored)
     applied = {scale.name for scale in scales.values()}
     for name, tensor in stored.items():
-        parts = tuple(part for part in hf_parts(name) if _known(part, config))
+        parts = tuple(part for part in hf_parts(name) if is_known(part, config))
         if not parts:
             if name not in applied:
                 unmapped.append(name)
@@ -208,71 +200,5 @@ def _open_safetensors(
             offset=tensor.offset,
             nbytes=tensor.nbytes,
         )
-        tensors.extend(_parts(with_scale(whole, scales.get(name), document), parts, config))
-    return _artifact(path, "safetensors", config, tensors, unmapped, (*files, config_file), document)
-
-
-def _artifact(
-    path: Path,
-    container: str,
-    config: ModelConfig,
-    tensors: list[TensorRef],
-    unmapped: list[str],
-    files: tuple[Path, ...],
-    metadata: dict[str, object],
-) -> Artifact:
-    ordered = sorted(tensors, key=lambda tensor: canonical_order(tensor.name))
-    for before, after in pairwise(ordered):
-        if before.name == after.name:
-            raise InputError(f"{path}: both {before.stored_name} and {after.stored_name} hold {after.name}")
-    return Artifact(
-        path=path,
-        container=container,
-        config=config,
-        tensors={tensor.name: tensor for tensor in ordered},
-        unmapped=tuple(sorted(set(unmapped))),
-        files=tuple(sorted(files)),
-        metadata=metadata,
-    )
-
-
-def _known(name: str, config: ModelConfig) -> bool:
-    """Whether a name belongs to a layer that the model has, or to none."""
-    layer = layer_of(name)
-    return layer is None or layer < config.num_layers
-
-
-def _parts(whole: TensorRef, names: tuple[str, ...], config: ModelConfig) -> list[TensorRef]:
-    """The tensors of one model that a stored one holds; none where it belongs to a layer beyond the last.
-
-    Raises:
-        InputError: the rows of a fused tensor are not those of its parts.
-    """
-    if not names or not all(_known(name, config) for name in names):
-        return []
-    if len(names) == 1:
-        return [replace(whole, name=names[0])]
-    shapes = layer_shapes(config)
-    counts = [shapes.get(suffix_of(name), (0,))[0] for name in names]
-    if whole.shape[0] != sum(counts):
-        raise InputError(
-            f"{whole.file}: {whole.stored_name} has {whole.shape[0]} rows; expected {sum(counts)} "
-            f"({' + '.join(map(str, counts))})"
-        )
-    # Rows of a matrix, values of a bias; either way whole blocks, which a format never splits.
-    nbytes = whole.nbytes // whole.shape[0]
-    parts = []
-    first = 0
-    for name, rows in zip(names, counts, strict=True):
-        parts.append(
-            replace(
-                whole,
-                name=name,
-                shape=(rows, *whole.shape[1:]),
-                offset=whole.offset + first * nbytes,
-                nbytes=rows * nbytes,
-                stored_rows=(first, first + rows),
-            )
-        )
-        first += rows
-    return parts
+        tensors.extend(parts_of(with_scale(whole, scales.get(name), document), parts, config))
+    return assembled(path, "safetensors", config, tensors, unmapped, (*files, config_file), document)
