@@ -174,24 +174,29 @@ def _reads_cap(architecture: str, key: str) -> bool:
     return architecture == "gemma2" or (architecture == "gemma3_text" and key.startswith("final"))
 
 
+def gguf_attention_scale(
+    architecture: str, num_layers: int, hidden_size: int, num_heads: int, head_dim: int
+) -> float | None:
+    """The factor of Gemma's scores that llama.cpp takes, None for ``head_dim ** -0.5``.
+
+    A GGUF file does not say it; llama.cpp knows the models of 27 billion weights, which differ, by their
+    number of layers (``src/models/gemma2.cpp``, ``gemma3.cpp``).
+    """
+    scalar = hidden_size // num_heads if num_layers == _LAYERS_OF_27B[architecture] else head_dim
+    return None if scalar == head_dim else scalar**-0.5
+
+
 def _gemma_switches(
     keys: _Keys, architecture: str, hidden_size: int, num_heads: int, head_dim: int
 ) -> dict[str, Any]:
-    """The fields of `ModelConfig` that only Gemma 2 and 3 set, as llama.cpp takes them.
-
-    A GGUF file does not say the factor of the scores; llama.cpp knows the models of 27 billion weights,
-    which differ, by their number of layers (``src/models/gemma2.cpp``, ``gemma3.cpp``).
-    """
-    scalar = (
-        hidden_size // num_heads if keys.count("block_count") == _LAYERS_OF_27B[architecture] else head_dim
-    )
+    """The fields of `ModelConfig` that only Gemma 2 and 3 set, as llama.cpp takes them."""
+    scale = gguf_attention_scale(architecture, keys.count("block_count"), hidden_size, num_heads, head_dim)
     caps = {}
     for name, (key, default) in _SOFT_CAPS_OF_GEMMA2.items():
         cap = keys.number(key, default=default if architecture == "gemma2" else 0.0)
         if cap < 0:
             raise InputError(f"{keys.where}: {keys.architecture}.{key} is {cap}; expected more than 0")
         caps[name] = cap or None
-    scale = None if scalar == head_dim else scalar**-0.5
     return gemma_constants(hidden_size) | {"attention_scale": scale, **caps}
 
 

@@ -8,7 +8,7 @@ stands for all of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 # Hugging Face's model_type to GGUF's general.architecture; Mistral models are stored as "llama".
 GGUF_ARCHITECTURES: dict[str, str] = {
@@ -89,6 +89,10 @@ _FUSED_IN_HF = {
 }
 _FUSED_IN_GGUF = {"attn_qkv.weight": _QKV, "attn_qkv.bias": _QKV_BIAS}
 _FUSED_IN_PHI3 = _FUSED_IN_GGUF | {"ffn_up.weight": _GATE_UP}
+
+# What a file of an architecture holds in one matrix when it is written here.
+_WRITTEN_FUSED_IN_GGUF: dict[str, Mapping[str, tuple[str, ...]]] = {"phi3": _FUSED_IN_PHI3}
+_WRITTEN_FUSED_IN_HF: dict[str, Mapping[str, tuple[str, ...]]] = {"phi3": _FUSED_IN_HF}
 
 # What stands before the name of a tensor of the text model, in a model of text and images as transformers
 # writes it, and as it holds it in memory.
@@ -173,6 +177,55 @@ def hf_parts(stored_name: str) -> tuple[str, ...]:
     if match and match[2] in _FUSED_IN_HF:
         return tuple(f"model.layers.{match[1]}.{suffix}" for suffix in _FUSED_IN_HF[match[2]])
     return (name,) if is_canonical(name) else ()
+
+
+def gguf_layout(names: Iterable[str], architecture: str) -> dict[str, tuple[str, ...]]:
+    """GGUF names of a model's tensors to the canonical names of what each holds, in the order of its rows.
+
+    Args:
+        names: canonical, of a whole model, in canonical order.
+        architecture: GGUF's ``general.architecture``.
+
+    Raises:
+        KeyError: a name that GGUF has none for.
+    """
+    fused = _WRITTEN_FUSED_IN_GGUF.get(architecture, {})
+    layout: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        held = _fused_with(name, fused, "blk")
+        if held is None:
+            stored = to_gguf(name, architecture)
+            if stored is None:
+                raise KeyError(name)
+            held = (stored, (name,))
+        layout.setdefault(*held)
+    return layout
+
+
+def hf_layout(names: Iterable[str], architecture: str) -> dict[str, tuple[str, ...]]:
+    """Hugging Face's names of a model's tensors to the canonical names of what each holds.
+
+    Args:
+        names: canonical, of a whole model, in canonical order.
+        architecture: Hugging Face's ``model_type``.
+    """
+    fused = _WRITTEN_FUSED_IN_HF.get(architecture, {})
+    layout: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        layout.setdefault(*(_fused_with(name, fused, "model.layers") or (name, (name,))))
+    return layout
+
+
+def _fused_with(
+    name: str, fused: Mapping[str, tuple[str, ...]], prefix: str
+) -> tuple[str, tuple[str, ...]] | None:
+    """The fused tensor that a tensor is a part of, and all of its parts; None where it stands alone."""
+    match = _HF_LAYER.fullmatch(name)
+    stored = next((stored for stored, parts in fused.items() if match and match[2] in parts), None)
+    if match is None or stored is None:
+        return None
+    parts = tuple(f"model.layers.{match[1]}.{suffix}" for suffix in fused[stored])
+    return f"{prefix}.{match[1]}.{stored}", parts
 
 
 def is_of_images(stored_name: str) -> bool:

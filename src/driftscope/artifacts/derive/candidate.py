@@ -13,19 +13,20 @@ from driftscope.artifacts.derive.atomic import atomic_file
 from driftscope.artifacts.derive.gguf_metadata import (
     add_hyperparameters,
     add_vocabulary,
+    check_expressible,
     gguf_architecture,
-    rope_frequency_factors,
+    rope_divisors,
 )
 from driftscope.artifacts.derive.quantize import quantize
 from driftscope.artifacts.derive.recipe import scheme as look_up
 from driftscope.artifacts.derive.recipe import tensor_formats
-from driftscope.artifacts.derive.rows import slabs
+from driftscope.artifacts.derive.rows import shifted, slabs
 from driftscope.artifacts.derive.source import source_of_copy
 from driftscope.artifacts.model import Artifact, ModelConfig
-from driftscope.artifacts.names import ROPE_FREQS, to_gguf
+from driftscope.artifacts.names import gguf_layout
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder
-from driftscope.artifacts.transforms import rope_heads
+from driftscope.artifacts.transforms import rope_heads, value_offset
 from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_folder, vocabulary_from_gguf
 from driftscope.errors import InputError
 from driftscope.kernels.formats import row_bytes
@@ -43,9 +44,10 @@ def write_candidate(
 ) -> None:
     """Write a model as a quantized GGUF file that llama.cpp loads.
 
-    Each tensor gets the format that llama.cpp's own quantizer gives it (`recipe.tensor_formats`), and the
-    q/k rows the order that GGUF wants. Memory stays at a few slabs of rows. The file appears whole or
-    not at all; its bytes depend on the teacher and the scheme alone, not on `threads`.
+    Each tensor gets the format that llama.cpp's own quantizer gives it (`recipe.tensor_formats`), and what
+    GGUF stores in the place of its rows and values (`driftscope.artifacts.transforms.GGUF`). Memory stays
+    at a few slabs of rows. The file appears whole or not at all; its bytes depend on the teacher and the
+    scheme alone, not on `threads`.
 
     Args:
         teacher: the model to quantize.
@@ -55,16 +57,20 @@ def write_candidate(
         progress: called with (values written, values in all) after each tensor.
 
     Raises:
-        InputError: an unknown scheme or architecture, a tensor that is missing or would be lost, a tokenizer
-            that GGUF cannot hold, a value that is not finite or that the format cannot hold, or no space on
-            the disk.
+        InputError: an unknown scheme or architecture, a tensor that is missing or would be lost, a
+            hyperparameter or a tokenizer that GGUF cannot hold, a value that is not finite or that the format
+            cannot hold, or no space on the disk.
     """
     chosen = look_up(scheme)
     teacher = source_of_copy(teacher)
     architecture = gguf_architecture(teacher)
-    names = _gguf_names(teacher, architecture)
-    factors = rope_frequency_factors(teacher.config)
-    shapes = {names[tensor.name]: tensor.shape for tensor in teacher.tensors.values()}
+    check_expressible(teacher.config, str(teacher.path))
+    layout = _layout(teacher, architecture)
+    divisors = rope_divisors(teacher.config)
+    shapes = {
+        stored: (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        for stored, parts in layout.items()
+    }
     formats = tensor_formats(
         shapes,
         scheme,
@@ -82,8 +88,8 @@ def write_candidate(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_hyperparameters(writer, teacher.config, str(teacher.path))
         add_vocabulary(writer, vocabulary)
-        if factors is not None:
-            _declare(writer, ROPE_FREQS, factors.shape, "F32")
+        for name, factors in divisors.items():
+            _declare(writer, name, factors.shape, "F32")
         for name, shape in shapes.items():
             _declare(writer, name, shape, formats[name])
         writer.write_header_to_file(partial)
@@ -91,12 +97,15 @@ def write_candidate(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             stream = _TensorStream(writer)
-            if factors is not None:
+            for factors in divisors.values():
                 stream.write(iter([factors.view(np.uint8)]))
-            for tensor in teacher.tensors.values():
-                order = _stored_order(tensor, teacher.config, architecture)
-                stream.write(_quantized(tensor, order, formats[names[tensor.name]], threads))
-                done += tensor.n_elements
+            for name, parts in layout.items():
+                stream.write(
+                    slab
+                    for part in parts
+                    for slab in _quantized(part, teacher.config, architecture, formats[name], threads)
+                )
+                done += sum(part.n_elements for part in parts)
                 if progress is not None:
                     progress(done, total)
         finally:
@@ -133,19 +142,17 @@ def _declare(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], fmt: st
     writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, gguf.GGMLQuantizationType[fmt])
 
 
-def _gguf_names(teacher: Artifact, architecture: str) -> dict[str, str]:
-    """Canonical name to GGUF name.
+def _layout(teacher: Artifact, architecture: str) -> dict[str, list[TensorRef]]:
+    """GGUF name to the tensors that it holds, in the order of its rows.
 
     Raises:
         InputError: a tensor that GGUF has no name for; it would be lost.
     """
-    names = {}
-    for name in teacher.tensors:
-        stored = to_gguf(name, architecture)
-        if stored is None:
-            raise InputError(f"{teacher.path}: tensor {name!r} has no name in GGUF's {architecture}")
-        names[name] = stored
-    return names
+    try:
+        layout = gguf_layout(teacher.tensors, architecture)
+    except KeyError as error:
+        raise InputError(f"{teacher.path}: tensor {error} has no name in GGUF's {architecture}") from error
+    return {stored: [teacher.tensors[name] for name in names] for stored, names in layout.items()}
 
 
 def _vocabulary(teacher: Artifact) -> Vocabulary | None:
@@ -175,9 +182,10 @@ def _stored_order(tensor: TensorRef, config: ModelConfig, architecture: str) -> 
 
 
 def _quantized(
-    tensor: TensorRef, order: NDArray[np.int64] | None, fmt: str, threads: int
+    tensor: TensorRef, config: ModelConfig, architecture: str, fmt: str, threads: int
 ) -> Iterator[NDArray[np.uint8]]:
-    for slab in slabs(tensor, order):
+    order = _stored_order(tensor, config, architecture)
+    for slab in shifted(slabs(tensor, order), tensor, value_offset(tensor.name, architecture)):
         if not np.isfinite(slab).all():
             raise InputError(f"{tensor.file}: {tensor.name} holds NaN or infinity, which cannot be quantized")
         if fmt == "F16" and np.abs(slab).max(initial=0.0) > _MAX_F16:

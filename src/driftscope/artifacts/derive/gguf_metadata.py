@@ -8,8 +8,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.artifacts.gguf_config import gguf_attention_scale
 from driftscope.artifacts.model import Artifact, ModelConfig
-from driftscope.artifacts.names import GGUF_ARCHITECTURES
+from driftscope.artifacts.names import GGUF_ARCHITECTURES, ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from driftscope.artifacts.rope_factors import llama3_factors
 from driftscope.artifacts.vocabulary import SPECIAL_KEYS, Vocabulary
 from driftscope.artifacts.yarn import attention_factor, softening
@@ -47,17 +48,77 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: ModelConfig, where: str
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.rotary_dim or config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    if config.sliding_window is not None:
-        writer.add_sliding_window(config.sliding_window)
-    _add_rope_scaling(writer, dict(config.rope_scaling or {}), where)
+    if config.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+    if config.logit_softcap is not None:
+        writer.add_final_logit_softcapping(config.logit_softcap)
+    if config.local_rope_theta is not None:
+        writer.add_rope_freq_base_swa(config.local_rope_theta)
+    _add_windows(writer, config)
+    _add_rope_scaling(writer, config, where)
 
 
-def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: dict[str, Any], where: str) -> None:
+def check_expressible(config: ModelConfig, where: str) -> None:
+    """Refuse hyperparameters that llama.cpp does not read from a file, and takes otherwise than `config`.
+
+    Raises:
+        InputError: names the first, in Hugging Face's terms.
+    """
+    if not config.architecture.startswith("gemma"):
+        return
+    kind = (config.rope_scaling or {}).get("rope_type", "default")
+    if kind not in ("default", "linear"):
+        raise InputError(f"{where}: RoPE scaling {kind!r} cannot be written as GGUF in {config.architecture}")
+    scale = gguf_attention_scale(
+        config.architecture, config.num_layers, config.hidden_size, config.num_heads, config.head_dim
+    )
+    if config.attention_scale != scale:
+        found = config.head_dim if config.attention_scale is None else config.attention_scale**-2
+        taken = config.head_dim if scale is None else config.hidden_size // config.num_heads
+        raise InputError(
+            f"{where}: query_pre_attn_scalar is {found:g}, which GGUF cannot hold; llama.cpp takes {taken} "
+            f"for {config.architecture} with {config.num_layers} layers"
+        )
+    if config.architecture != "gemma2":
+        return
+    if config.attention_softcap is None or config.logit_softcap is None:
+        name = "attn_logit_softcapping" if config.attention_softcap is None else "final_logit_softcapping"
+        raise InputError(f"{where}: {name} is null, which GGUF cannot hold in gemma2")
+    if not config.tie_word_embeddings:
+        raise InputError(f"{where}: tie_word_embeddings is false, which GGUF cannot hold in gemma2")
+
+
+def _add_windows(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """The window, and its layers where these are not what a reader takes by itself.
+
+    llama.cpp reads both for gemma2 and gemma3; the others have no window there.
+    """
+    is_gemma = config.architecture.startswith("gemma")
+    window = config.sliding_window
+    if window is None and config.architecture == "gemma2":
+        # It has one by default. None of its layers will.
+        window = config.context_length
+    if window is None:
+        return
+    writer.add_sliding_window(window)
+    if is_gemma or config.sliding_layers is not None:
+        writer.add_sliding_window_pattern(
+            [config.window_of(layer) is not None for layer in range(config.num_layers)]
+        )
+
+
+def _add_rope_scaling(writer: gguf.GGUFWriter, config: ModelConfig, where: str) -> None:
+    scaling: dict[str, Any] = dict(config.rope_scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind in ("default", "llama3"):
-        # Llama 3's factors are a tensor: `rope_frequency_factors`.
+        # Llama 3's divisors are a tensor: `rope_divisors`.
+        return
+    if kind == "longrope" and config.architecture == "phi3":
+        # So are LongRoPE's.
+        writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
+        writer.add_rope_scaling_attn_factors(float(scaling["attention_factor"]))
         return
     if kind not in ("linear", "yarn"):
         raise InputError(f"{where}: RoPE scaling {kind!r} cannot be written as GGUF")
@@ -87,22 +148,29 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: dict[str, Any], where: s
             add(float(scaling[key]))
 
 
-def rope_frequency_factors(config: ModelConfig) -> NDArray[np.float32] | None:
-    """Llama 3's divisors of the rotary frequencies as ``float32[head_dim / 2]``, or None.
+def rope_divisors(config: ModelConfig) -> dict[str, NDArray[np.float32]]:
+    """Divisors of the rotary frequencies that GGUF stores, name to ``float32[rotary_dim / 2]``.
 
-    GGUF stores them as the tensor ``rope_freqs.weight``.
+    Llama 3's are one tensor, LongRoPE's two, and other scalings have none.
     """
     scaling = dict(config.rope_scaling or {})
-    if scaling.get("rope_type", scaling.get("type")) != "llama3":
-        return None
-    return llama3_factors(
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "longrope":
+        return {
+            ROPE_LONG: np.array(scaling["long_factor"], dtype=np.float32),
+            ROPE_SHORT: np.array(scaling["short_factor"], dtype=np.float32),
+        }
+    if kind != "llama3":
+        return {}
+    factors = llama3_factors(
         config.rope_theta,
         config.head_dim,
         factor=float(scaling.get("factor", 8.0)),
         low=float(scaling.get("low_freq_factor", 1.0)),
         high=float(scaling.get("high_freq_factor", 4.0)),
         original_length=int(scaling.get("original_max_position_embeddings", 8192)),
-    ).astype(np.float32)
+    )
+    return {ROPE_FREQS: factors.astype(np.float32)}
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary | None) -> None:

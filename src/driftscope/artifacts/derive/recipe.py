@@ -2,8 +2,8 @@
 
 The rules are those of ``src/llama-quant.cpp`` (``tensor_allows_quantization``,
 ``llama_tensor_get_type_impl``, ``tensor_type_fallback``) for dense models of the architectures that
-driftscope writes, without an importance matrix and without overrides. The rules for mixture-of-experts
-and fused-qkv models have no place here.
+driftscope writes, without an importance matrix and without overrides. The rules for mixtures of experts
+have no place here.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _wanted(tensor: str, columns: int, chosen: Scheme, n_layers: int, *, tied: b
         return "Q6_K"
     match = _LAYER.match(tensor)
     layer = int(match[1]) if match else 0
-    is_value = tensor.endswith("attn_v.weight")
+    # A fused matrix counts as its most sensitive part.
+    is_value = tensor.endswith(("attn_v.weight", "attn_qkv.weight"))
     wanted = chosen.base
     if chosen.more_bits and (is_value or "ffn_down" in tensor) and gets_more_bits(layer, n_layers):
         wanted = chosen.more_bits
