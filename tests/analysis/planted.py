@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=1e4,
 )
-Q, K, V, O = (f"model.layers.2.self_attn.{name}_proj.weight" for name in "qkvo")
+Q, K, V, OUT = (f"model.layers.2.self_attn.{name}_proj.weight" for name in "qkvo")
 GATE, UP, DOWN = (f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
 NORM = "model.layers.2.input_layernorm.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

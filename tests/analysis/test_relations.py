@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
-
 from tests.analysis.planted import (
     BAND,
     DOWN,
@@ -14,11 +13,11 @@ from tests.analysis.planted import (
     F32,
     GATE,
     HEAD,
-    K,
     NORM,
-    O,
-    Q,
+    OUT,
     UP,
+    K,
+    Q,
     V,
     copied,
     judge,
@@ -64,7 +63,7 @@ MATRIX_FAULTS: Mapping[str, tuple[Planted, dict[str, str]]] = {
         lambda: {K: back(in_ggufs_order(of(K), 8), 2)},
         {K: "rows-interleaved(8)+rows-deinterleaved(2)"},
     ),
-    "transposed": (lambda: {O: of(O).T}, {O: "transposed"}),
+    "transposed": (lambda: {OUT: of(OUT).T}, {OUT: "transposed"}),
     "transposed, not square": (lambda: {DOWN: of(DOWN).T}, {DOWN: "transposed"}),
     "negated": (lambda: {UP: -of(UP)}, {UP: "negated"}),
     "gate and up swapped": (

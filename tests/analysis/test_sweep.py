@@ -124,7 +124,8 @@ def test_a_clean_quantization_is_told_from_a_fault(tmp_path: Path) -> None:
     assert (clean["conclusion"], clean["holds"]) == ("quantized-from", True)
     assert clean["relations"] == {QUERY: "quantized-from"}
     scaled = judged(teacher, artifact(put(tmp_path, QUERY, np.float32(1.3) * x, "Q4_K")))
-    assert (scaled["conclusion"], scaled["holds"]) == ("different", False)
+    assert (scaled["conclusion"], scaled["holds"]) == ("transformed", False)
+    assert scaled["relations"] == {QUERY: "quantized-from-under:scaled(1.3)"}
     assert scaled["coverage"]["elements_compared"] == x.size
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from tests.analysis.planted import F32, Q, copied, judge, random_model, values
 
 from driftscope.artifacts.model import Artifact
-from tests.analysis.planted import F32, Q, copied, judge, random_model, values
 
 MODEL = random_model()
 MATRICES = [name for name, ref in MODEL.tensors.items() if len(ref.shape) == 2]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.tensor import TensorRef
+from driftscope.artifacts.transforms import applied
 from driftscope.errors import InputError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -64,16 +65,10 @@ def plan_shards(sizes: Mapping[str, int], n_shards: int) -> list[list[str]]:
     return [sorted(shard) for shard in shards]
 
 
-def applied(ref: TensorRef) -> tuple[str, ...]:
-    """Names of the transforms that lie between a tensor's stored bytes and its canonical values."""
-    found = []
-    if ref.stored_rows is not None:
-        found.append("split")
-    if ref.rope_heads:
-        found.append("rows-interleaved")
-    if ref.value_offset:
-        found.append(f"offset{ref.value_offset:+g}")
-    return tuple(found)
+def undone(tensor: str, ref: TensorRef) -> tuple[str, ...]:
+    """Labels of what is undone on reading a tensor under a canonical name, a tied head's tie included."""
+    tied = ("tied",) if tensor == HEAD and ref.name == EMBEDDING else ()
+    return (*applied(ref), *tied)
 
 
 def _head(artifact: Artifact) -> TensorRef | None:

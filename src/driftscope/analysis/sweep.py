@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from driftscope.analysis.inventory import inventory
 from driftscope.analysis.metadata import metadata_differences
-from driftscope.analysis.pairs import Pair, applied, pairs, plan_shards
+from driftscope.analysis.pairs import Pair, pairs, plan_shards
 from driftscope.analysis.relate import relate
 from driftscope.analysis.relations import Band, Relation, Relations, relation_of
 from driftscope.analysis.sweep_summary import summarise
@@ -19,7 +19,6 @@ __all__ = [
     "Pair",
     "Relation",
     "Relations",
-    "applied",
     "compare_tensor",
     "inventory",
     "metadata_differences",

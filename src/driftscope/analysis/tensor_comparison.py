@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.analysis.pairs import applied
+from driftscope.analysis.pairs import undone
 from driftscope.analysis.rounded_copy import is_float, is_rounded_copy
 from driftscope.analysis.tensor_rows import spans, stored_bytes
 from driftscope.artifacts.tensor import TensorRef
@@ -54,16 +54,17 @@ def compare_tensor(
     Returns:
         A row of the ``sweep`` table. Tensors of unlike shapes are not compared: the status says so.
     """
+    name = tensor or a.name
     row: dict[str, Any] = {
-        "tensor": tensor or a.name,
+        "tensor": name,
         "shape_a": _shape(a.shape),
         "shape_b": _shape(b.shape),
-        "dtype_a": a.dtype,
-        "dtype_b": b.dtype,
+        "dtype_a": a.stored_dtype,
+        "dtype_b": b.stored_dtype,
         "decoder_a": decoder_of(a.dtype),
         "decoder_b": decoder_of(b.dtype),
-        "transforms_a": ",".join(applied(a)),
-        "transforms_b": ",".join(applied(b)),
+        "transforms_a": ",".join(undone(name, a)),
+        "transforms_b": ",".join(undone(name, b)),
         "element_count": a.n_elements,
     }
     if a.shape != b.shape:
@@ -183,8 +184,10 @@ def _in_f64(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
 
 def _same_bytes(a: TensorRef, b: TensorRef) -> bool:
     """Whether two tensors of equal values are stored alike, byte for byte."""
-    if a.dtype != b.dtype or applied(a) != applied(b) or a.rope_heads != b.rope_heads:
+    if a.stored_dtype != b.stored_dtype or a.rope_heads != b.rope_heads or a.value_offset != b.value_offset:
         return False
+    if a.stored_dtype != a.dtype:
+        return np.array_equal(a.stored_bytes(), b.stored_bytes())
     # Each value of a float format has one encoding; blocks of integers can write the same value in several.
     if is_float(a.dtype):
         return True
@@ -196,7 +199,9 @@ def _same_bytes(a: TensorRef, b: TensorRef) -> bool:
 
 
 def _is_rounded(a: TensorRef, b: TensorRef, found: TensorComparison) -> bool:
-    if a.dtype == b.dtype or not is_float(b.dtype) or found.compared_count != found.element_count:
+    if b.stored_dtype in (a.stored_dtype, "F64") or b.stored_dtype != b.dtype or not is_float(b.dtype):
+        return False
+    if found.compared_count != found.element_count:
         return False
     expected = found.expected_energy
     if expected is not None and found.sum_dd > _ROUNDED_BELOW * expected:

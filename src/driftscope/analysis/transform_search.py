@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.analysis.alternatives import Alternative, alternatives, other_layers
-from driftscope.analysis.pairs import EMBEDDING, HEAD, Pair
+from driftscope.analysis.pairs import Pair
 from driftscope.analysis.relations import Band, Relation
 from driftscope.analysis.rounded_copy import is_float, round_values
 from driftscope.analysis.tensor_rows import F32, SLAB_VALUES, Rows, matrix_shape, rows_of, sampled_rows
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import layer_of
 from driftscope.artifacts.tensor import TensorRef
+from driftscope.artifacts.transforms import ANYWHERE, PaddedRows, stored_as
 from driftscope.kernels.compare import TensorComparison, merge
 from driftscope.kernels.dequantize import dequantize
 from driftscope.kernels.device import Kernels
@@ -105,12 +106,9 @@ class TransformSearch:
 
     def _is_legal(self, alternative: Alternative, pair: Pair, found: _Match) -> bool:
         """Whether converters do it without changing an answer: rows of zeros behind a vocabulary."""
-        name = alternative.transform
-        return (
-            pair.tensor in (EMBEDDING, HEAD)
-            and name.startswith(("rows-padded", "rows-cut"))
-            and bool(found.evidence.get("other_rows_are_zero"))
-        )
+        legal = any(isinstance(item, PaddedRows) for item in stored_as(pair.tensor, ANYWHERE))
+        padding = alternative.transform.startswith(("rows-padded", "rows-cut"))
+        return legal and padding and bool(found.evidence.get("other_rows_are_zero"))
 
     def _score(self, alternative: Alternative, b: TensorRef) -> float:
         """Error of some rows under an alternative over their energy; infinite where it does not fit."""
