@@ -23,6 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.errors import InputError
+from driftscope.kernels.compare_cells import (
+    CELL,
+    GROUP,
+    by_exponent,
+    code_blocks,
+    code_floats,
+    float_step,
+)
 from driftscope.kernels.compare_decode import BLOCK_VALUES, DIRECT, address_of, decode
 from driftscope.kernels.compare_exact import FIGURES, TALLIES, compare_values, largest_of
 from driftscope.kernels.compare_tile import (
@@ -215,18 +223,69 @@ def compare(
     Raises:
         InputError: unknown format, a row that is not a whole number of blocks, or unequal shapes.
     """
-    a = _Side.of(a_raw, a_dtype, rows_a, transposed_a)
-    b = _Side.of(b_raw, b_dtype, rows_b, transposed_b)
+    a = Side.of(a_raw, a_dtype, rows_a, transposed_a)
+    b = Side.of(b_raw, b_dtype, rows_b, transposed_b)
+    return compare_sides(a, b, threads=threads)[0]
+
+
+@dataclass(frozen=True)
+class CellFigures:
+    """Where a comparison leaves what it sees of cells and of rows.
+
+    Attributes:
+        codes: ``uint8[2, rows * columns / CELL]``, see `compare_cells`: energies, then peaks.
+        by_row: ``float64[rows, ROW_SUMS]``: sums of a, b, a^2, b^2 and (a - b)^2. Those of the rows of a slab
+            that took the exact way are not to be used.
+    """
+
+    codes: NDArray[np.uint8]
+    by_row: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, n_rows: int, columns: int) -> CellFigures:
+        """Room for a tensor of rows of whole cells."""
+        return cls(np.zeros((2, n_rows * columns // CELL), np.uint8), np.zeros((n_rows, ROW_SUMS)))
+
+
+ROW_SUMS = 5
+
+
+def compare_sides(
+    a: Side,
+    b: Side,
+    *,
+    into: CellFigures | None = None,
+    steps_of: BlockFormat | None = None,
+    threads: int = 1,
+) -> tuple[TensorComparison, NDArray[np.int64]]:
+    """Compare two sides, as `compare` does.
+
+    Args:
+        a: one side.
+        b: the other.
+        into: gets the figures of cells and rows, where both sides are `Side.direct` and not transposed and
+            rows are whole cells.
+        steps_of: the format whose steps errors of cells are in; b's by default.
+        threads: number of threads.
+
+    Returns:
+        The comparison, and the rows (``int64[n, 2]``, first and end) of the slabs that took the exact way.
+    """
     if (a.n_rows, a.columns) != (b.n_rows, b.columns):
         raise InputError(
             f"tensors of {a.n_rows} x {a.columns} and {b.n_rows} x {b.columns} values "
             "cannot be compared: expected equal shapes"
         )
-    plan = _in_squares(a) if transposed_a or transposed_b else _in_rows(a)
+    plan = _in_squares(a) if a.transposed or b.transposed else _in_rows(a)
     figures = np.zeros((len(plan), FIGURES))
     tallies = np.zeros((len(plan), TALLIES), np.int64)
+    exactly = np.zeros(len(plan), np.bool_)
     constants = np.array([power_energy(b.layout)])
     cells = cell_energies(b.layout)
+    layout = steps_of or b.layout
+    by_cell = np.array([into is not None, by_exponent(layout), max(1, smallest_exponent(layout))], np.int64)
+    float_square = np.array([float_step(layout) ** 2])
+    room = into or CellFigures.of(0, 0)
 
     def work(first: int, end: int) -> None:
         # Formats that the kernel does not read go through f32, a slab at a time.
@@ -237,14 +296,17 @@ def compare(
             _compare_slabs(
                 *(x.parameters, x.raw, x.rows, y.parameters, y.raw, y.rows),
                 *(plan[start:stop], constants, cells, figures[start:stop], tallies[start:stop]),
+                *(by_cell, float_square, room.codes, room.by_row),
             )
         for slab in first + np.flatnonzero(tallies[first:end, 9]):
+            exactly[slab] = True
             compare_values(*_flat(a, b, plan[slab]), figures[slab], tallies[slab])
 
     over_rows(work, len(plan), threads=threads)
     largest = _largest(a, plan, figures, tallies[:, 10])
     predicted = cell_kind(b.layout) != NONE
-    return _pool(figures, tallies, a.n_rows * a.columns, largest, predicted=predicted)
+    found = _pool(figures, tallies, a.n_rows * a.columns, largest, predicted=predicted)
+    return found, plan[exactly, :2]
 
 
 def merge(parts: Sequence[TensorComparison]) -> TensorComparison:
@@ -292,7 +354,7 @@ def rows_of_slab(columns: int) -> int:
     return max(1, SLAB_VALUES // max(1, columns))
 
 
-def _in_rows(side: _Side) -> NDArray[np.int64]:
+def _in_rows(side: Side) -> NDArray[np.int64]:
     """Slabs of whole rows, ``int64[slabs, 4]``: first row and end, first column and end."""
     if not side.columns:
         return np.zeros((0, 4), np.int64)
@@ -302,7 +364,7 @@ def _in_rows(side: _Side) -> NDArray[np.int64]:
     return np.stack([first, end, np.zeros_like(first), np.full_like(first, side.columns)], axis=1)
 
 
-def _in_squares(side: _Side) -> NDArray[np.int64]:
+def _in_squares(side: Side) -> NDArray[np.int64]:
     """As `_in_rows`, in squares."""
     corners = [(r, c) for r in range(0, side.n_rows, _SQUARE) for c in range(0, side.columns, _SQUARE)]
     first = np.array(corners, np.int64).reshape(-1, 2)
@@ -315,13 +377,13 @@ _Largest = tuple[int, float, float]
 _NOWHERE: _Largest = (-1, math.nan, math.nan)
 
 
-def _flat(a: _Side, b: _Side, place: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _flat(a: Side, b: Side, place: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The values of a slab."""
     return a.values(place).reshape(-1), b.values(place).reshape(-1)
 
 
 def _largest(
-    a: _Side, plan: NDArray[np.int64], figures: NDArray[np.float64], found: NDArray[np.int64]
+    a: Side, plan: NDArray[np.int64], figures: NDArray[np.float64], found: NDArray[np.int64]
 ) -> _Largest:
     """The first pair with the largest difference, of those that the slabs have found; -1 is none."""
     slabs = np.flatnonzero(found >= 0)
@@ -383,7 +445,7 @@ def _pool(
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """One of the two tensors: its bytes, its order and what the kernel must know of its format.
 
     Attributes:
@@ -403,9 +465,7 @@ class _Side:
     origin: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(
-        cls, raw: NDArray[np.uint8], dtype: str, rows: NDArray[np.int64] | None, transposed: bool
-    ) -> _Side:
+    def of(cls, raw: NDArray[np.uint8], dtype: str, rows: NDArray[np.int64] | None, transposed: bool) -> Side:
         layout = format_of(dtype)
         raw, columns = check_raw(raw, dtype)
         if rows is None:
@@ -437,14 +497,14 @@ class _Side:
             np.int64,
         )
 
-    def part(self, place: NDArray[np.int64]) -> _Side:
+    def part(self, place: NDArray[np.int64]) -> Side:
         """The tensor itself, or a slab of it in f32 where the kernel does not read the format."""
         if self.direct:
             return self
         values = self.values(place)
         order = np.arange(values.shape[0], dtype=np.int64)
         origin = (int(place[0]), int(place[2]))
-        return _Side(values.view(np.uint8), format_of("F32"), order, values.shape[1], origin=origin)
+        return Side(values.view(np.uint8), format_of("F32"), order, values.shape[1], origin=origin)
 
     def values(self, place: NDArray[np.int64]) -> NDArray[np.float32]:
         """A slab as f32, canonical rows and columns."""
@@ -459,7 +519,8 @@ class _Side:
 
 @kernel(
     "void(R(int64, 1), R(uint8, 2), R(int64, 1), R(int64, 1), R(uint8, 2), R(int64, 1), R(int64, 2),"
-    " R(float64, 1), R(float64, 1), float64[:, ::1], int64[:, ::1])"
+    " R(float64, 1), R(float64, 1), float64[:, ::1], int64[:, ::1], int64[::1], float64[::1],"
+    " uint8[:, ::1], float64[:, ::1])"
 )
 def _compare_slabs(
     side_a: Any,
@@ -473,17 +534,31 @@ def _compare_slabs(
     cells: Any,
     figures: Any,
     tallies: Any,
+    by_cell: Any,
+    float_square: Any,
+    codes: Any,
+    by_row: Any,
 ) -> None:
-    """Compare slab after slab; row s of `figures` and `tallies` is slab s of `plan`."""
+    """Compare slab after slab; row s of `figures` and `tallies` is slab s of `plan`.
+
+    `by_cell` says whether cells are looked at as well, whether errors are taken in powers of two, and the
+    smallest exponent of these; `float_square` is their squared step.
+    """
     a, b = _tile(), _tile()
     square_a = np.empty(_SQUARE * _SQUARE if side_a[3] else 0, np.float32)
     square_b = np.empty(_SQUARE * _SQUARE if side_b[3] else 0, np.float32)
     quants, steps = np.empty(BLOCK_VALUES, np.int8), np.empty(8, np.float32)
+    squares, unused = np.empty(_TILE // CELL, np.float32), np.empty(_TILE // CELL, np.float32)
+    coded = np.empty(2 * GROUP, np.uint8)
+    to_coded, to_codes, to_steps = address_of(coded), address_of(codes), address_of(squares)
+    cells_wanted, powers_of_two, least_of_cells = by_cell[0] != 0, by_cell[1] != 0, np.int32(by_cell[2])
+    if powers_of_two:
+        squares[:] = np.float32(float_square[0])
     base_a, base_b = address_of(raw_a), address_of(raw_b)
     stride_a, stride_b = raw_a.shape[1], raw_b.shape[1]
     to_a, to_b = address_of(a), address_of(b)
     column = np.empty(_SQUARE, np.float32)
-    sums = np.empty(N_SUMS * 4)
+    sums, before = np.empty(N_SUMS * 4), np.empty(ROW_SUMS)
     powers = np.empty(4)
     kind_a, block_a, size_a, transposed_a = side_a[0], side_a[1], side_a[2], side_a[3] != 0
     kind_b, block_b, size_b, transposed_b = side_b[0], side_b[1], side_b[2], side_b[3] != 0
@@ -495,33 +570,43 @@ def _compare_slabs(
     for s in range(plan.shape[0]):
         first_row, end_row, first_column, end_column = plan[s, 0], plan[s, 1], plan[s, 2], plan[s, 3]
         width = end_column - first_column
+        cells_a_row = width // CELL
         sums[:] = 0.0
+        before[:] = 0.0
         powers[:] = 0.0
         energy, start = 0.0, 0
         figures[s, 9] = -1.0
         tallies[s, 10] = -1
         same, above_small, above_medium, differs, near = 0, 0, 0, False, False
         if side_a[3]:
-            _fill_square(side_a, raw_a, rows_a, plan[s], square_a, column, cells, quants, steps)
+            _fill_square(side_a, raw_a, rows_a, plan[s], square_a, column, cells, quants, steps, unused)
         if side_b[3]:
-            energy += _fill_square(side_b, raw_b, rows_b, plan[s], square_b, column, cells, quants, steps)
+            energy += _fill_square(
+                side_b, raw_b, rows_b, plan[s], square_b, column, cells, quants, steps, unused
+            )
         r, c = first_row, first_column
         while r < end_row:
             count = 0
-            while count < _TILE and r < end_row:
-                length = min(_TILE - count, end_column - c)
+            row, first_cell = r, c // CELL
+            # With sums by row a tile ends where its row does. Rows are whole numbers of steps then, so that
+            # every sum is of the same terms in the same order; and energies are of the same runs.
+            room = _TILE - start % _TILE if cells_wanted else _TILE
+            while count < room and r < end_row and (r == row or not cells_wanted):
+                length = min(room - count, end_column - c)
                 at = (r - first_row) * width + c - first_column
                 if transposed_a:
                     a[count : count + length] = square_a[at : at + length]
                 else:
                     place = base_a + rows_a[r - row_a] * stride_a + (c - column_a) // block_a * size_a
-                    decode(kind_a, block_a, size_a, place, length, to_a + 4 * count, cells, quants, steps)
+                    to = to_a + 4 * count
+                    decode(kind_a, block_a, size_a, place, length, to, cells, quants, steps, unused)
                 if transposed_b:
                     b[count : count + length] = square_b[at : at + length]
                 else:
                     place = base_b + rows_b[r - row_b] * stride_b + (c - column_b) // block_b * size_b
+                    to = to_b + 4 * count
                     energy += decode(
-                        kind_b, block_b, size_b, place, length, to_b + 4 * count, cells, quants, steps
+                        kind_b, block_b, size_b, place, length, to, cells, quants, steps, squares
                     )
                 count += length
                 c += length
@@ -543,6 +628,21 @@ def _compare_slabs(
             if not transposed_b and r - row_b < rows_b.size:
                 next_b += rows_b[r - row_b] * stride_b + (c - column_b) // block_b * size_b
             add_sums(to_a, to_b, padded // 8, sums, next_a, ahead_a, next_b, ahead_b)
+            if cells_wanted:
+                of_tile = row * cells_a_row + first_cell
+                n_cells = count // CELL
+                whole = n_cells // GROUP
+                to_energy, to_peak = to_codes + of_tile, to_codes + codes.shape[1] + of_tile
+                _code(powers_of_two, to_a, to_b, to_steps, whole, least_of_cells, to_energy, to_peak)
+                done = whole * GROUP
+                if done < n_cells:  # the codes of a whole group would reach into what others write
+                    x, y, z = to_a + 4 * CELL * done, to_b + 4 * CELL * done, to_steps + 4 * done
+                    _code(powers_of_two, x, y, z, 1, least_of_cells, to_coded, to_coded + GROUP)
+                    for i in range(n_cells - done):
+                        codes[0, of_tile + done + i] = coded[i]
+                        codes[1, of_tile + done + i] = coded[GROUP + i]
+                if r != row:
+                    _end_row(sums, before, by_row[row])
             found, equal, small, medium, unlike, close = classify(to_a, to_b, count, padded)
             same += equal
             above_small += small
@@ -567,6 +667,29 @@ def _compare_slabs(
 
 
 @device
+def _code(
+    powers_of_two: bool, a: int, b: int, squares: int, groups: int, least: int, energies: int, peaks: int
+) -> None:
+    if powers_of_two:
+        code_floats(a, b, squares, groups, least, energies, peaks)
+    else:
+        code_blocks(a, b, squares, groups, least, energies, peaks)
+
+
+@device
+def _end_row(sums: Any, before: Any, by_row: Any) -> None:
+    """Set the sums of a row to what has come to those of its slab since the row before."""
+    for i in range(ROW_SUMS):
+        # Sums of a and b have four lanes each, those of squares eight.
+        first, end = (4 * i, 4 * i + 4) if i < 2 else (8 * i - 4, 8 * i + 4)
+        now = 0.0
+        for lane in range(first, end):
+            now += sums[lane]
+        by_row[i] = now - before[i]
+        before[i] = now
+
+
+@device
 def _tile() -> Any:
     """Room for a tile, at the start of a cache line: a vector that straddles two takes twice as long."""
     room = np.empty(_TILE + 16, np.float32)
@@ -576,7 +699,16 @@ def _tile() -> Any:
 
 @device
 def _fill_square(
-    side: Any, raw: Any, rows: Any, place: Any, square: Any, column: Any, cells: Any, quants: Any, steps: Any
+    side: Any,
+    raw: Any,
+    rows: Any,
+    place: Any,
+    square: Any,
+    column: Any,
+    cells: Any,
+    quants: Any,
+    steps: Any,
+    squares: Any,
 ) -> Any:
     """Decode columns, which are stored as rows, into the rows of a square."""
     n_rows, width = place[1] - place[0], place[3] - place[2]
@@ -585,7 +717,7 @@ def _fill_square(
     for c in range(width):
         stored = first + rows[place[2] + c] * raw.shape[1]
         out = address_of(column)
-        energy += decode(side[0], side[1], side[2], stored, n_rows, out, cells, quants, steps)
+        energy += decode(side[0], side[1], side[2], stored, n_rows, out, cells, quants, steps, squares)
         for r in range(n_rows):
             square[r * width + c] = column[r]
     return energy

@@ -14,6 +14,7 @@ from numba.core import types
 
 from driftscope.kernels import ir
 from driftscope.kernels.block_decoders import DECODERS, Decoder
+from driftscope.kernels.compare_cells import CELL, squared_steps
 from driftscope.kernels.formats import FORMATS, BlockFormat
 from driftscope.kernels.ir import F32, I8, I16, I32, I64, Builder, Value, constant, vector
 from driftscope.kernels.jit import device, intrinsic
@@ -60,17 +61,26 @@ def _times(builder: Builder, scale: Value, integers: Value | None) -> Value:
 
 
 def _decode_block(
-    builder: Builder, layout: BlockFormat, block: Value, out: Value, quants: Value, steps: Value
+    builder: Builder,
+    layout: BlockFormat,
+    block: Value,
+    out: Value,
+    quants: Value,
+    steps: Value,
+    squares: Value,
 ) -> Value:
     """Store the values of a block; the sum of the squared steps of its values, or 0 if that is not finite."""
     decoder = DECODERS[layout.name]
     scales = None if decoder.scales is None else decoder.scales(builder, block)
-    scale = _times(builder, _scale_of_block(builder, decoder, block), scales)
-    shift = None
+    d = _scale_of_block(builder, decoder, block)
+    scale = _times(builder, d, scales)
+    shift, dmin = None, None
     if decoder.dmin >= 0:
         bits = ir.splat(builder, ir.load(builder, ir.offset(builder, block, decoder.dmin), I16), 8)
         mins = None if decoder.mins is None else decoder.mins(builder, block)
-        shift = _times(builder, ir.half_to_float(builder, bits), mins)
+        dmin = ir.half_to_float(builder, bits)
+        shift = _times(builder, dmin, mins)
+    squared_steps(builder, layout, scale, d, dmin, squares)
     if layout.name in UNEVEN:
         ir.store(builder, scale, steps)
     for i, packed in enumerate(decoder.quants(builder, block)):
@@ -121,18 +131,19 @@ def _decode_floats(builder: Builder, name: str, stored: Value, out: Value, width
 
 
 def _define(module: Any, name: str) -> Any:
-    """The function ``f64 (stored, out, quants, steps, count)`` that decodes a run of one format."""
+    """The function ``f64 (stored, out, quants, steps, squares, count)`` that decodes a run of one format."""
     symbol = f"driftscope.decode.{name}"
     if symbol in module.globals:
         return module.globals[symbol]
     pointer = I8.as_pointer()
-    kind = llvm.FunctionType(_F64, [pointer, F32.as_pointer(), pointer, F32.as_pointer(), I64])
+    floats_at = F32.as_pointer()
+    kind = llvm.FunctionType(_F64, [pointer, floats_at, pointer, floats_at, floats_at, I64])
     function = llvm.Function(module, kind, symbol)
     function.linkage = "internal"
     # One copy of each, wherever it is called from: that is most of the time of compiling.
     function.attributes.add("noinline")
     builder = llvm.IRBuilder(function.append_basic_block("entry"))
-    stored, out, quants, steps, count = function.args
+    stored, out, quants, steps, squares, count = function.args
     layout = FORMATS[name]
     if name in FLOATS:
         size = I64(_BITS[name] // 8)
@@ -152,8 +163,9 @@ def _define(module: Any, name: str) -> Any:
     def block(k: Value, before: list[Value]) -> list[Value]:
         place = ir.offset(builder, stored, builder.mul(k, I64(layout.block_bytes)))
         values = ir.offset(builder, out, builder.mul(k, I64(layout.block_size)))
-        squares = _decode_block(builder, layout, place, values, quants, steps)
-        return [builder.fadd(before[0], squares)]
+        cells = ir.offset(builder, squares, builder.mul(k, I64(layout.block_size // CELL)))
+        energy = _decode_block(builder, layout, place, values, quants, steps, cells)
+        return [builder.fadd(before[0], energy)]
 
     builder.ret(ir.loop(builder, count, [_F64(0.0)], block)[0])
     return function
@@ -171,13 +183,15 @@ def address_of(_context: Any, array: Any) -> Any:
 
 
 @intrinsic
-def _decode_run(_context: Any, kind: Any, stored: Any, count: Any, out: Any, quants: Any, steps: Any) -> Any:
+def _decode_run(
+    _context: Any, kind: Any, stored: Any, count: Any, out: Any, quants: Any, steps: Any, squares: Any
+) -> Any:
     """Decode `count` blocks at one address to others; the sum of the squared steps of their values."""
-    result = types.float64(types.int64, *[types.intp] * 5)
+    result = types.float64(types.int64, *[types.intp] * 6)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         format_, stored, count, *targets = arguments
-        kinds = (F32, I8, F32)
+        kinds = (F32, I8, F32, F32)
         inside = [
             builder.inttoptr(stored, I8.as_pointer()),
             *(builder.inttoptr(at, kind.as_pointer()) for at, kind in zip(targets, kinds, strict=True)),
@@ -206,7 +220,16 @@ _IQ4_NL, _IQ4_XS, _MXFP4 = (_TYPES[name] for name in UNEVEN)
 
 @device
 def decode(
-    kind: int, block: int, size: int, stored: int, count: int, out: int, cells: Any, quants: Any, steps: Any
+    kind: int,
+    block: int,
+    size: int,
+    stored: int,
+    count: int,
+    out: int,
+    cells: Any,
+    quants: Any,
+    steps: Any,
+    squares: Any,
 ) -> Any:
     """Decode `count` values.
 
@@ -220,26 +243,30 @@ def decode(
         cells: f64[256], see `expected_error.cell_energies`.
         quants: int8[BLOCK_VALUES], scratch.
         steps: f32[8], scratch.
+        squares: f32[count / CELL] at least; gets the squared step of every cell of a format of integer
+            blocks, with what the rounding of its scales adds.
 
     Returns:
         The expected error energy of the values of a block format, 0 for floats; parts that are not finite add
         nothing.
     """
     n_blocks = count // block
-    to_quants, to_steps = address_of(quants), address_of(steps)
+    to_quants, to_steps, to_squares = address_of(quants), address_of(steps), address_of(squares)
     uneven = kind in (_IQ4_NL, _IQ4_XS, _MXFP4)
     run = 1 if uneven else n_blocks
     total = 0.0
     for b in range(0, n_blocks, run):
-        squares = _decode_run(kind, stored + b * size, run, out + 4 * b * block, to_quants, to_steps)
+        into = to_squares + 4 * b * (block // CELL)
+        squared = _decode_run(kind, stored + b * size, run, out + 4 * b * block, to_quants, to_steps, into)
         if not uneven:
-            return squares / 12.0
+            return squared / 12.0
         for s in range(block // 32):
             step = np.float64(steps[s])
             within = 0.0
             for i in range(32 * s, 32 * s + 32):
                 within += cells[np.int64(quants[i]) + 128]
             energy = step * step * within
+            squares[b * (block // CELL) + s] += np.float32(energy * (12.0 / CELL))
             if np.isfinite(energy):
                 total += energy
     return total
