@@ -1,4 +1,4 @@
-"""The commands that a person types: run, lock, inspect, diff, report, gate, falsify, judge."""
+"""The commands that a person types: run, lock, inspect, report, gate, falsify, judge."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from driftscope import __version__
-from driftscope.cli.options import DEFAULT_CONFIG, AsJson, ConfigFile, Device, Results, Threads, open_any
-from driftscope.cli.show import fail, print_json, print_sweep, progress_bar
+from driftscope.cli.options import DEFAULT_CONFIG, AsJson, ConfigFile, Device, Results, open_any
+from driftscope.cli.show import fail, print_json, progress_bar
 
 ALL_CORES = os.cpu_count() or 1
 
@@ -102,42 +102,6 @@ def inspect(
         typer.echo(f"  {name:<6} {entry[0]:>5} tensors {entry[1]:>14,} values {entry[2]:>15,} bytes")
     for name in artifact.unmapped:
         typer.echo(f"  unmapped: {name}")
-
-
-@app.command()
-def diff(
-    a: Annotated[Path, typer.Argument(help="the reference model")],
-    b: Annotated[Path, typer.Argument(help="the model under test")],
-    limit: Annotated[int, typer.Option(help="rows to show, worst first", min=1)] = 15,
-    threads: Threads = ALL_CORES,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Compare two models tensor by tensor; exit 1 where one differs by more than its format explains."""
-    import polars as pl
-
-    from driftscope.analysis.sweep import Band, compare_tensor, inventory, pairs, summarise
-    from driftscope.config import SweepSpec
-    from driftscope.evidence.schemas import frame_of
-    from driftscope.kernels.device import choose_device, kernels_on
-
-    first, second = open_any(a), open_any(b)
-    found = pairs(first, second)
-    kernels = kernels_on(choose_device(device), threads)
-    rows = []
-    with progress_bar("comparing", visible=not as_json) as advance:
-        for index, pair in enumerate(found):
-            rows.append(compare_tensor(pair.a, pair.b, tensor=pair.tensor, kernels=kernels))
-            advance(index + 1, len(found))
-    listed = inventory(first, second)
-    frame = frame_of(rows, "sweep")
-    summary = summarise(frame, listed, Band(*SweepSpec().band))
-    if as_json:
-        print_json({"summary": summary, "inventory": listed, "tensors": rows})
-    else:
-        print_sweep(frame.sort(pl.col("nmse"), descending=True, nulls_last=False), summary, listed, limit)
-    if not summary["holds"]:
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,139 @@
+"""A diff of two models in words: short names of tensors, relations, and the conclusion in a sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from driftscope.report.text import counted, number, percent, size
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_SHORTER = (
+    ("self_attn.", "attn."),
+    ("post_attention_layernorm", "post_attn_norm"),
+    ("pre_feedforward_layernorm", "pre_ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffn_norm"),
+    ("input_layernorm", "input_norm"),
+)
+_UNEXPECTED = {
+    "different": ("differs by more than its format explains", "differ by more than their formats explain"),
+    "non-finite": ("holds values that are not finite", "hold values that are not finite"),
+}
+_CLEAN = {
+    "downcast": "rounded to a smaller type, exactly",
+    "quantized-from": "quantized within what the format predicts",
+}
+
+
+def short_name(tensor: str) -> str:
+    """``L3 mlp.down_proj`` for ``model.layers.3.mlp.down_proj.weight``."""
+    name = tensor.removesuffix(".weight")
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name.removeprefix("model.")
+    part = match[2]
+    for long, short in _SHORTER:
+        part = part.replace(long, short)
+    return f"L{match[1]} {part}"
+
+
+def relation_words(relation: str, n: int = 1) -> str:
+    """What a relation means."""
+    how, under, transform = relation.partition("-under:")
+    if under:
+        return f"{_CLEAN.get(how, how)} under {transform.replace('-', ' ').replace('+', ' and ')}"
+    if relation in _UNEXPECTED:
+        return _UNEXPECTED[relation][n != 1]
+    return _CLEAN.get(relation, relation.replace("-", " "))
+
+
+def sentence(document: Mapping[str, Any]) -> str:
+    """What a diff found, in one sentence.
+
+    Args:
+        document: what `driftscope.analysis.pair_diff.diff_models` returns.
+    """
+    summary, listed = document["summary"], document["inventory"]
+    bad = [row for row in document["tensors"] if not row["holds"]]
+    expected = summary["coverage"]["expected"]
+    if summary["conclusion"] == "failure":
+        return "Nothing was compared."
+    if summary["conclusion"] == "different-weights":
+        return summary["statement"] or "Other weights: the two are different trainings."
+    if summary["conclusion"] == "incomplete":
+        missing = len(listed["missing"])
+        parts = [f"{missing} missing"] if missing else []
+        unlike = [row for row in bad if not row["compared_count"]]
+        parts += [f"{len(unlike)} of another shape"] if unlike else []
+        return f"Not whole: of {counted(expected, 'tensor')} {' and '.join(parts)}."
+    if bad:
+        return _unexpected(bad, len(document["tensors"]))
+    said = _expected(document["tensors"])
+    changed = [item for item in listed["metadata_differences"] if item["changes"] == "forward-pass"]
+    if changed:
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        return f"Another forward pass: {metadata_words(changed[0])}{others}. {said}"
+    return said
+
+
+def _unexpected(bad: Sequence[Mapping[str, Any]], n: int) -> str:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in bad:
+        groups.setdefault("threshold" if row["judged_by"] == "threshold" else row["relation"], []).append(row)
+    worst = f", the worst of them {short_name(bad[0]['tensor'])}" if len(bad) > 1 else ""
+    if len(groups) == 1:
+        subject = short_name(bad[0]["tensor"]) if len(bad) == 1 else f"{len(bad)} of {counted(n, 'tensor')}"
+        return f"{subject} {_verb(bad[0], len(bad))}{worst}."
+    *first, last = [f"{len(rows)} {_verb(rows[0], len(rows))}" for rows in groups.values()]
+    return f"Of {counted(n, 'tensor')} {', '.join(first)} and {last}{worst}."
+
+
+def _verb(row: Mapping[str, Any], n: int) -> str:
+    if row["judged_by"] == "threshold":
+        return "breaks a threshold" if n == 1 else "break a threshold"
+    words = relation_words(row["relation"], n)
+    return (
+        words
+        if row["kind"] in _UNEXPECTED
+        else f"{'is' if n == 1 else 'are'} {words}, which nothing declares"
+    )
+
+
+def _expected(tensors: Sequence[Mapping[str, Any]]) -> str:
+    n = len(tensors)
+    bounded = sum(row["judged_by"] == "threshold" for row in tensors)
+    if bounded:
+        return (
+            f"{counted(bounded, 'tensor')} of {n} within the thresholds, the others hold by themselves."
+            if (bounded < n)
+            else f"All {counted(n, 'tensor')} within the thresholds."
+        )
+    counts: dict[str, int] = {}
+    for row in tensors:
+        counts[row["relation"]] = counts.get(row["relation"], 0) + 1
+    same = counts.pop("identical", 0)
+    if not counts:
+        return f"All {counted(n, 'tensor')} have the same values."
+    said = ", ".join(f"{count} {relation_words(name)}" for name, count in sorted(counts.items()))
+    return f"The same weights: {same} of {counted(n, 'tensor')} identical, {said}."
+
+
+def share_words(document: Mapping[str, Any]) -> str:
+    """How much was compared, where `--only` chose."""
+    share = document["summary"]["share"]
+    part = share["bytes"] / share["bytes_in_all"] if share["bytes_in_all"] else 0.0
+    return (
+        f"{share['tensors']} of {counted(share['tensors_in_all'], 'tensor')}, {size(share['bytes'])} of "
+        f"{size(share['bytes_in_all'])} ({percent(part)})"
+    )
+
+
+def metadata_words(item: Mapping[str, Any]) -> str:
+    """One unlike hyperparameter."""
+    return f"{item['key']} {_value(item['a'])} → {_value(item['b'])}"
+
+
+def _value(value: Any) -> str:
+    text = number(value) if isinstance(value, float) and abs(value) < 1e-3 else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
