@@ -22,6 +22,7 @@ from tests.helpers.tiny_vocabulary import (
 )
 
 from driftscope.artifacts.derive.teacher import write_teacher
+from driftscope.artifacts.folder_vocabulary import PRE_NAME_KEY, vocabulary_from_folder
 from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.pretokenizers import PRE_TOKENIZERS, find_name
 from driftscope.artifacts.tokenizer import (
@@ -30,12 +31,7 @@ from driftscope.artifacts.tokenizer import (
     tokenizer_from_folder,
     tokenizer_from_vocabulary,
 )
-from driftscope.artifacts.vocabulary import (
-    PRE_NAME_KEY,
-    Vocabulary,
-    vocabulary_from_folder,
-    vocabulary_from_gguf,
-)
+from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 
 PRE_NAMES = [name for rule in PRE_TOKENIZERS for name in rule.names]
@@ -198,7 +194,7 @@ def _tokens(**changes: str) -> tuple[str, ...]:
 
 BAD_METADATA: dict[str, tuple[dict[str, object], str]] = {
     "no model": (_without("model"), "no tokenizer"),
-    "sentencepiece": (_with("model", "llama"), "'llama' is not supported"),
+    "unigram": (_with("model", "t5"), "'t5' is not supported"),
     "model not a string": (_with("model", 3), "not supported"),
     "unknown pre": (_with("pre", "novel"), "'novel' is not supported"),
     "pre not a string": (_with("pre", 5), "not a string"),

@@ -10,7 +10,8 @@ from pathlib import Path
 import gguf
 import tokenizers
 
-from driftscope.artifacts.vocabulary import CONTROL, NORMAL, USER_DEFINED, Vocabulary
+from driftscope.artifacts.token_types import CONTROL, NORMAL, USER_DEFINED
+from driftscope.artifacts.vocabulary import Vocabulary
 from tests.helpers.texts import varied_texts
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from driftscope.artifacts.files import read_json_object
+from driftscope.artifacts.folder_tokenizer import (
+    begin_and_end,
+    read_chat_template,
+    read_folder,
+    special_tokens_of_config,
+)
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.pretokenizers import pre_tokenizer
-from driftscope.artifacts.vocabulary import (
-    CONTROL,
-    UNKNOWN,
-    USER_DEFINED,
-    Vocabulary,
-    read_chat_template,
-    read_tokenizer_config,
-    special_tokens_of_config,
-    vocabulary_from_gguf,
-)
+from driftscope.artifacts.spm_encoder import SpmEncoder
+from driftscope.artifacts.spm_json import bpe_model, decoder, escaping_normalizer, merges_of_scores
+from driftscope.artifacts.token_types import SPECIAL_TYPES, USER_DEFINED
+from driftscope.artifacts.vocabulary import SPM, Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 
 
@@ -34,15 +34,50 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, chat_template: str | None, special: Mapping[str, str]
+        self,
+        build: Callable[[], tokenizers.Tokenizer],
+        chat_template: str | None,
+        special: Mapping[str, str],
+        *,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        self._backend = backend
+        """Keep what a tokenizer is made of.
+
+        Args:
+            build: makes the ``tokenizers`` object, when it is needed.
+            chat_template: Jinja source, or None.
+            special: Hugging Face's name of a special token to its text.
+            vocabulary: of SentencePiece's kind, whose ids are llama.cpp's; others are encoded by what
+                `build` makes.
+        """
+        self._build = build
+        self._vocabulary = vocabulary
         self.chat_template = chat_template
         self.special = dict(special)
+
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        return self._build()
+
+    @cached_property
+    def _encoder(self) -> SpmEncoder | None:
+        vocabulary = self._vocabulary
+        if vocabulary is None:
+            return None
+        return SpmEncoder(
+            vocabulary.tokens,
+            vocabulary.scores,
+            vocabulary.types,
+            unknown=vocabulary.special.get("unk_token"),
+            add_space_prefix=vocabulary.add_space_prefix,
+            strip_right=vocabulary.strip_right,
+        )
 
     @property
     def n_tokens(self) -> int:
         """Number of tokens, added ones included; the embedding may have more rows."""
+        if self._vocabulary is not None:
+            return len(self._vocabulary.tokens)
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
@@ -63,6 +98,10 @@ class Tokenizer:
             raise InputError(
                 f"text: character {error.start} is a lone surrogate, which UTF-8 cannot hold"
             ) from error
+        if self._encoder is not None and self._vocabulary is not None:
+            ids = self._encoder.encode(text, parse_special=parse_special)
+            begin, end = _begin_and_end(self._vocabulary) if add_special else (None, None)
+            return [*([] if begin is None else [begin]), *ids, *([] if end is None else [end])]
         self._backend.encode_special_tokens = not parse_special
         return list(self._backend.encode(text, add_special_tokens=add_special).ids)
 
@@ -80,17 +119,20 @@ def load_tokenizer(artifact: Artifact) -> Tokenizer:
     """The tokenizer that an artifact carries.
 
     Args:
-        artifact: a GGUF file with a vocabulary, or a safetensors model with ``tokenizer.json`` beside it.
+        artifact: a GGUF or .apr file with a vocabulary, whose ids are llama.cpp's, or a safetensors model
+            with ``tokenizer.json`` or ``tokenizer.model`` beside it, whose ids are transformers'.
 
     Raises:
         InputError: missing, inconsistent, or of a kind that is not supported.
     """
-    if artifact.container == "gguf":
+    if artifact.container != "safetensors":
         where = str(artifact.path)
         return tokenizer_from_vocabulary(
             vocabulary_from_gguf(artifact.metadata, artifact.config.vocab_size, where), where
         )
-    return tokenizer_from_folder(model_folder(artifact), artifact.config.vocab_size)
+    return tokenizer_from_folder(
+        model_folder(artifact), artifact.config.vocab_size, artifact.config.architecture
+    )
 
 
 def model_folder(artifact: Artifact) -> Path:
@@ -98,15 +140,18 @@ def model_folder(artifact: Artifact) -> Path:
     return artifact.path if artifact.path.is_dir() else artifact.path.parent
 
 
-def tokenizer_from_folder(folder: Path, vocab_size: int) -> Tokenizer:
-    """Load ``tokenizer.json``, with the special tokens and the template of ``tokenizer_config.json``.
+def tokenizer_from_folder(folder: Path, vocab_size: int, architecture: str | None = None) -> Tokenizer:
+    """Load ``tokenizer.json`` or ``tokenizer.model``, with what ``tokenizer_config.json`` adds to it.
+
+    Args:
+        folder: the model's.
+        vocab_size: rows of the embedding.
+        architecture: ``model_type`` of the model, where known.
 
     Raises:
         InputError: missing, malformed, or with ids that the model has no embedding for.
     """
-    path = folder / "tokenizer.json"
-    document = read_json_object(path)
-    config = read_tokenizer_config(folder)
+    document, config, path = read_folder(folder, vocab_size, architecture)
     backend = _load(json.dumps(document), str(path))
     largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
@@ -115,7 +160,7 @@ def tokenizer_from_folder(folder: Path, vocab_size: int) -> Tokenizer:
         )
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(backend, read_chat_template(folder, config), special_tokens_of_config(config))
+    return Tokenizer(lambda: backend, read_chat_template(folder, config), special_tokens_of_config(config))
 
 
 def tokenizer_from_vocabulary(vocabulary: Vocabulary, where: str) -> Tokenizer:
@@ -126,32 +171,45 @@ def tokenizer_from_vocabulary(vocabulary: Vocabulary, where: str) -> Tokenizer:
         where: the file, for messages.
     """
     special = {name: vocabulary.tokens[index] for name, index in vocabulary.special.items()}
+    _begin_and_end(vocabulary, where)
+    if vocabulary.kind == SPM:
+        return Tokenizer(
+            lambda: _load(json.dumps(_spm_document(vocabulary, where)), where),
+            vocabulary.chat_template,
+            special,
+            vocabulary=vocabulary,
+        )
     backend = _load(json.dumps(_document(vocabulary, where), ensure_ascii=False), where)
-    return Tokenizer(backend, vocabulary.chat_template, special)
+    return Tokenizer(lambda: backend, vocabulary.chat_template, special)
+
+
+def _spm_document(vocabulary: Vocabulary, where: str) -> dict[str, Any]:
+    """The ``tokenizer.json`` of a SentencePiece vocabulary, as a dictionary."""
+    ids = {text: index for index, text in enumerate(vocabulary.tokens)}
+    merges = merges_of_scores(vocabulary.tokens, vocabulary.scores)
+    complete = all(f"<0x{byte:02X}>" in ids for byte in range(256))
+    unknown = vocabulary.special_text("unk_token")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(vocabulary),
+        "normalizer": escaping_normalizer(add_space_prefix=vocabulary.add_space_prefix),
+        "pre_tokenizer": None,
+        "post_processor": _post_processor(vocabulary, where),
+        "decoder": decoder(strip_prefix=vocabulary.add_space_prefix),
+        "model": bpe_model(ids, merges, unknown, byte_fallback=complete),
+    }
 
 
 def _document(vocabulary: Vocabulary, where: str) -> dict[str, Any]:
     """The ``tokenizer.json`` of a vocabulary, as a dictionary."""
     rule = pre_tokenizer(vocabulary.pre, where)
-    added = [
-        {
-            "id": index,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            # llama.cpp leaves user-defined tokens whole even where it does not parse control tokens.
-            "special": kind != USER_DEFINED,
-        }
-        for index, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
-    ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": _added_tokens(vocabulary),
         "normalizer": rule.normalizer,
         "pre_tokenizer": rule.config,
         "post_processor": _post_processor(vocabulary, where),
@@ -175,27 +233,41 @@ def _document(vocabulary: Vocabulary, where: str) -> dict[str, Any]:
     }
 
 
+def _added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """The tokens that are found in a text before anything else is done with it."""
+    return [
+        {
+            "id": index,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": index in vocabulary.strip_right,
+            "normalized": False,
+            # llama.cpp leaves user-defined tokens whole even where it does not parse control tokens.
+            "special": kind != USER_DEFINED,
+        }
+        for index, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        if kind in SPECIAL_TYPES
+    ]
+
+
+def _begin_and_end(vocabulary: Vocabulary, where: str = "vocabulary") -> tuple[int | None, int | None]:
+    """The ids that begin and end a sequence, where the model wants them."""
+    found: list[int | None] = []
+    for name, wanted in (("bos_token", vocabulary.add_bos), ("eos_token", vocabulary.add_eos)):
+        if wanted and name not in vocabulary.special:
+            raise InputError(f"{where}: the vocabulary wants a {name} with every text but names none")
+        found.append(vocabulary.special[name] if wanted else None)
+    return found[0], found[1]
+
+
 def _post_processor(vocabulary: Vocabulary, where: str) -> dict[str, Any] | None:
     """Adds the beginning and the end of sequence where the model wants them."""
-    template: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
-    tokens: dict[str, Any] = {}
-    for name, wanted in (("bos_token", vocabulary.add_bos), ("eos_token", vocabulary.add_eos)):
-        if not wanted:
-            continue
-        text = vocabulary.special_text(name)
-        if text is None:
-            raise InputError(f"{where}: the vocabulary wants a {name} with every text but names none")
-        tokens[text] = {"id": text, "ids": [vocabulary.special[name]], "tokens": [text]}
-        piece = {"SpecialToken": {"id": text, "type_id": 0}}
-        template = [piece, *template] if name == "bos_token" else [*template, piece]
-    if not tokens:
-        return None
-    pair = [*template, *({key: {**value, "type_id": 1} for key, value in step.items()} for step in template)]
-    pair = [
-        {"Sequence": {"id": "B", "type_id": 1}} if i >= len(template) and "Sequence" in step else step
-        for i, step in enumerate(pair)
-    ]
-    return {"type": "TemplateProcessing", "single": template, "pair": pair, "special_tokens": tokens}
+    begin, end = _begin_and_end(vocabulary, where)
+    return begin_and_end(
+        (None if begin is None else vocabulary.tokens[begin], begin),
+        (None if end is None else vocabulary.tokens[end], end),
+    )
 
 
 def _load(text: str, where: str) -> tokenizers.Tokenizer:

@@ -22,12 +22,14 @@ from driftscope.artifacts.derive.recipe import scheme as look_up
 from driftscope.artifacts.derive.recipe import tensor_formats
 from driftscope.artifacts.derive.rows import shifted, slabs
 from driftscope.artifacts.derive.source import source_of_copy
+from driftscope.artifacts.folder_tokenizer import has_tokenizer
+from driftscope.artifacts.folder_vocabulary import vocabulary_from_folder
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import gguf_layout
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder
 from driftscope.artifacts.transforms import rope_heads, value_offset
-from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_folder, vocabulary_from_gguf
+from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 from driftscope.kernels.formats import row_bytes
 
@@ -163,7 +165,7 @@ def _vocabulary(teacher: Artifact) -> Vocabulary | None:
             return None
         return vocabulary_from_gguf(teacher.metadata, size, str(teacher.path))
     folder = model_folder(teacher)
-    return vocabulary_from_folder(folder, size) if (folder / "tokenizer.json").is_file() else None
+    return vocabulary_from_folder(folder, size) if has_tokenizer(folder) else None
 
 
 def _stored_order(tensor: TensorRef, config: ModelConfig, architecture: str) -> NDArray[np.int64] | None:

@@ -12,7 +12,7 @@ from driftscope.artifacts.gguf_config import gguf_attention_scale
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import GGUF_ARCHITECTURES, ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from driftscope.artifacts.rope_factors import llama3_factors
-from driftscope.artifacts.vocabulary import SPECIAL_KEYS, Vocabulary
+from driftscope.artifacts.vocabulary import SPECIAL_KEYS, SPM, Vocabulary
 from driftscope.artifacts.yarn import attention_factor, softening
 from driftscope.errors import InputError
 
@@ -178,11 +178,15 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary | None) -> No
     if vocabulary is None:
         writer.add_tokenizer_model("none")
         return
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if vocabulary.kind == SPM else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges([f"{left} {right}" for left, right in vocabulary.merges])
+    if vocabulary.kind == SPM:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    else:
+        writer.add_token_merges([f"{left} {right}" for left, right in vocabulary.merges])
     for name, index in vocabulary.special.items():
         writer.add_uint32(SPECIAL_KEYS[name], index)
     writer.add_add_bos_token(vocabulary.add_bos)

@@ -16,10 +16,11 @@ from driftscope.artifacts.derive.hf_config import hf_config
 from driftscope.artifacts.derive.rows import slabs
 from driftscope.artifacts.derive.safetensors_file import SafetensorsWriter
 from driftscope.artifacts.derive.source import source_of_copy
+from driftscope.artifacts.folder_vocabulary import PRE_NAME_KEY
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder, tokenizer_from_vocabulary
-from driftscope.artifacts.vocabulary import PRE_NAME_KEY, Vocabulary, vocabulary_from_gguf
+from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
