@@ -105,6 +105,9 @@ def config_from_gguf(
         )
     num_layers = keys.count("block_count")
     window, sliding_layers = _windows(keys, architecture, num_layers)
+    if architecture == "llama" and window is not None:
+        # No llama model has one.
+        architecture = "mistral"
     gemma = _gemma_switches(keys, architecture, hidden_size, num_heads, head_dim) if is_gemma else {}
     return checked(
         ModelConfig(

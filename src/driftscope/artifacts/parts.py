@@ -1,4 +1,4 @@
-"""From stored tensors to an artifact: fused tensors taken apart, layers beyond the last left out, the order."""
+"""From stored tensors to an artifact: fused ones taken apart, layers beyond the last left out, the order."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def is_known(name: str, config: ModelConfig) -> bool:
 
 
 def parts_of(whole: TensorRef, names: tuple[str, ...], config: ModelConfig) -> list[TensorRef]:
-    """The tensors of one model that a stored one holds; none where it belongs to a layer beyond the last.
+    """The tensors of one model that a stored one holds; none where the model has no such layer or tensor.
 
     Args:
         whole: the stored tensor, whose rows are whole blocks of its dtype.
@@ -59,18 +59,26 @@ def parts_of(whole: TensorRef, names: tuple[str, ...], config: ModelConfig) -> l
         config: the model's.
 
     Raises:
-        InputError: the rows of a fused tensor are not those of its parts.
+        InputError: a fused tensor cannot be cut into its parts.
     """
     if not names or not all(is_known(name, config) for name in names):
         return []
     if len(names) == 1:
         return [replace(whole, name=names[0])]
-    shapes = layer_shapes(config)
-    counts = [shapes.get(suffix_of(name), (0,))[0] for name in names]
+    shapes = [layer_shapes(config).get(suffix_of(name)) for name in names]
+    expected = [shape for shape in shapes if shape is not None]
+    if len(expected) != len(names):
+        return []
+    counts = [shape[0] for shape in expected]
     if whole.shape[0] != sum(counts):
         raise InputError(
             f"{whole.file}: {whole.stored_name} has {whole.shape[0]} rows; expected {sum(counts)} "
             f"({' + '.join(map(str, counts))})"
+        )
+    if len(whole.shape) != len(expected[0]) or whole.nbytes % whole.shape[0]:
+        raise InputError(
+            f"{whole.file}: {whole.stored_name} is {whole.dtype} {'x'.join(map(str, whole.shape))}, which "
+            f"cannot be cut into {' + '.join(map(str, counts))}"
         )
     # Rows of a matrix, values of a bias; either way whole blocks, which a format never splits.
     nbytes = whole.nbytes // whole.shape[0]

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from driftscope.artifacts.values import count, number, positive, short
+import numpy as np
+
+from driftscope.artifacts.values import count, number, positive, short, shortest
 from driftscope.artifacts.yarn import longrope_attention_factor
 from driftscope.errors import InputError
 
@@ -175,7 +177,8 @@ def _longrope(
     factor = positive(result, "factor", where, default=stretch)
     result.pop("factor", None)
     if result.get("attention_factor") is None:
-        result["attention_factor"] = longrope_attention_factor(factor, length)
+        # In f32, as transformers multiplies by it and as GGUF stores it.
+        result["attention_factor"] = shortest(float(np.float32(longrope_attention_factor(factor, length))))
     half = rotary_dim // 2
     for key in _LISTS:
         if isinstance(result.get(key), list) and len(result[key]) != half:
