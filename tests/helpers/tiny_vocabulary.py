@@ -11,7 +11,7 @@ import gguf
 import tokenizers
 
 from driftscope.artifacts.token_types import CONTROL, NORMAL, USER_DEFINED
-from driftscope.artifacts.vocabulary import Vocabulary
+from driftscope.artifacts.vocabulary import SPM, Vocabulary
 from tests.helpers.texts import varied_texts
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -61,23 +61,30 @@ def tiny_vocabulary(pre: str, **changes: object) -> Vocabulary:
 
 def add_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     """The keys of a tokenizer, written with the gguf package's own methods."""
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if vocabulary.kind == SPM else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
+    if vocabulary.kind == SPM:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+        writer.add_unk_token_id(vocabulary.special["unk_token"])
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
+        writer.add_pad_token_id(vocabulary.special["pad_token"])
     writer.add_bos_token_id(vocabulary.special["bos_token"])
     writer.add_eos_token_id(vocabulary.special["eos_token"])
-    writer.add_pad_token_id(vocabulary.special["pad_token"])
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def write_vocabulary_gguf(path: Path, vocabulary: Vocabulary) -> Path:
+def write_vocabulary_gguf(path: Path, vocabulary: Vocabulary, *, name: str | None = None) -> Path:
     """A GGUF file without tensors, as llama.cpp reads it with ``vocab_only``."""
     writer = gguf.GGUFWriter(path, "llama")
+    if name is not None:
+        writer.add_name(name)
     add_tokenizer(writer, vocabulary)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
