@@ -13,11 +13,12 @@ from driftscope.cli.commands import app
 from driftscope.cli.contracts import contracts
 from driftscope.cli.diff import diff
 from driftscope.cli.faultbench import faultbench
+from driftscope.cli.inspect import inspect
 from driftscope.cli.stages import stage
 from driftscope.cli.traces import compare, replay, trace
 from driftscope.errors import InputError
 
-for command in (diff, trace, compare, replay):
+for command in (inspect, diff, trace, compare, replay):
     app.command()(command)
 app.add_typer(stage, name="stage")
 app.add_typer(contracts, name="contracts")

@@ -1,4 +1,4 @@
-"""The commands that a person types: run, lock, inspect, report, gate, falsify, judge."""
+"""The commands that a person types: run, lock, report, gate, falsify, judge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from driftscope import __version__
-from driftscope.cli.options import DEFAULT_CONFIG, AsJson, ConfigFile, Device, Results, open_any
+from driftscope.cli.options import DEFAULT_CONFIG, AsJson, ConfigFile, Device, Results
 from driftscope.cli.show import fail, print_json, progress_bar
 
 ALL_CORES = os.cpu_count() or 1
@@ -66,42 +66,6 @@ def lock(
             progress=lambda _, done, total: advance(done, total),
         )
     typer.echo(str(path))
-
-
-@app.command()
-def inspect(
-    model: Annotated[Path, typer.Argument(help="a GGUF file, a safetensors folder, or a manifest")],
-    as_json: AsJson = False,
-) -> None:
-    """Show what a model on disk is: architecture, hyperparameters, dtypes by size."""
-    from dataclasses import asdict
-
-    artifact = open_any(model)
-    sizes: dict[str, list[int]] = {}
-    for tensor in artifact.tensors.values():
-        entry = sizes.setdefault(tensor.dtype, [0, 0, 0])
-        for index, value in enumerate((1, tensor.n_elements, tensor.nbytes)):
-            entry[index] += value
-    document = {
-        "path": str(artifact.path),
-        "container": artifact.container,
-        "config": asdict(artifact.config),
-        "dtypes": {
-            name: dict(zip(("tensors", "elements", "bytes"), values, strict=True))
-            for name, values in sorted(sizes.items(), key=lambda item: -item[1][2])
-        },
-        "unmapped": list(artifact.unmapped),
-    }
-    if as_json:
-        print_json(document)
-        return
-    typer.echo(f"{artifact.path}: {artifact.container}, {artifact.config.architecture}")
-    for key, value in asdict(artifact.config).items():
-        typer.echo(f"  {key:<22} {value}")
-    for name, entry in sizes.items():
-        typer.echo(f"  {name:<6} {entry[0]:>5} tensors {entry[1]:>14,} values {entry[2]:>15,} bytes")
-    for name in artifact.unmapped:
-        typer.echo(f"  unmapped: {name}")
 
 
 @app.command()
