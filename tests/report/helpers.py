@@ -52,6 +52,8 @@ def sweep_row(tensor: str, random: np.random.Generator, **changes: Any) -> dict[
         "dtype_b": "F32" if norm else "Q4_K",
         "decoder_a": "native",
         "decoder_b": "native",
+        "transforms_a": "",
+        "transforms_b": "",
         "element_count": elements,
         "compared_count": elements,
         "mean_diff": nmse * 0.1,
@@ -63,6 +65,8 @@ def sweep_row(tensor: str, random: np.random.Generator, **changes: Any) -> dict[
         "nmse": nmse,
         "relative_l2": nmse**0.5,
         "cosine_similarity": 1.0 - nmse / 2,
+        "scale": 1.0 - nmse / 2,
+        "mean_error": 0.0,
         "std_a": 0.04,
         "std_b": 0.04,
         "std_ratio": 1.0,
@@ -74,6 +78,9 @@ def sweep_row(tensor: str, random: np.random.Generator, **changes: Any) -> dict[
         "nan_b": 0,
         "inf_a": 0,
         "inf_b": 0,
+        "bit_identical": norm,
+        "same_bytes": norm,
+        "rounded_copy": False,
         "expected_nmse": None if norm else 0.005,
         "status": "Identical" if norm else "MediumDiff",
     }
@@ -386,12 +393,15 @@ def synthetic_evidence(layers: int = 30, seed: int = 0) -> ReportEvidence:
             "extra": [],
             "unmapped_a": [],
             "unmapped_b": [],
-            "metadata_differences": [{"key": "torch_dtype", "a": "float32", "b": None}],
+            "metadata_differences": [
+                {"key": "context_length", "a": 8192, "b": 2048, "changes": "limit", "matters": False}
+            ],
             "coverage": {"expected": len(names), "compared": len(names)},
         },
         sweep_summary={
             "band": {"low": 0.5, "high": 2.0},
-            "relations": {
+            "conclusion": "quantized-from",
+            "kinds": {
                 name: "identical" if name.endswith("norm.weight") else "quantized-from" for name in names
             },
         },

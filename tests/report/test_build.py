@@ -136,7 +136,7 @@ def test_weights_are_counted_by_relation_and_the_worst_come_first() -> None:
     evidence = helpers.synthetic_evidence(layers=2)
     names = helpers.tensor_names(2)
     odd = "model.layers.1.mlp.down_proj.weight"
-    evidence["sweep_summary"]["relations"][odd] = "different"
+    evidence["sweep_summary"]["kinds"][odd] = "different"
     weights = build_report(evidence)["weights"]
     assert sum(weights["relations"].values()) == weights["tensors"] == len(names)
     assert weights["worst"][0]["tensor"] == odd

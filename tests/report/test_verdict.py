@@ -17,9 +17,9 @@ def verdict_of(evidence: Any) -> dict[str, Any]:
     return verdict
 
 
-def relate(evidence: Any, tensors: list[str], relation: str) -> None:
-    relations = evidence["sweep_summary"]["relations"]
-    evidence["sweep_summary"] = {"relations": {**relations, **dict.fromkeys(tensors, relation)}}
+def relate(evidence: Any, tensors: list[str], relation: str, /, **summary: Any) -> None:
+    kinds = evidence["sweep_summary"]["kinds"]
+    evidence["sweep_summary"] = {"kinds": {**kinds, **dict.fromkeys(tensors, relation)}, **summary}
 
 
 def silence(evidence: Any, pairs: tuple[str, ...]) -> None:
@@ -73,7 +73,7 @@ def test_same_weights_that_part_on_the_same_arithmetic_are_a_bug(evidence: Any) 
     )
     verdict = verdict_of(evidence)
     assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", 1, "q_post_rope")
-    assert "torch_dtype" in " ".join(verdict["reasons"])
+    assert "context_length" in " ".join(verdict["reasons"])
 
 
 def test_a_few_different_tensors_are_a_bug_at_the_first_in_the_models_order(evidence: Any) -> None:
@@ -93,12 +93,37 @@ def test_non_finite_weights_are_a_bug_wherever_else_agrees(evidence: Any) -> Non
     assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", None, "embedding")
 
 
-def test_mostly_different_tensors_are_different_weights(evidence: Any) -> None:
+TWO_TRAININGS = {
+    "conclusion": "different-weights",
+    "statement": "Different weights: 21 of 22 matrices differ, as further training leaves",
+}
+
+
+def test_two_trainings_are_different_weights_in_the_sweeps_words(evidence: Any) -> None:
     names = [name for name in helpers.tensor_names(3) if "proj" in name]
-    relate(evidence, names, "different")
+    relate(evidence, names, "different", **TWO_TRAININGS)
     verdict = verdict_of(evidence)
     assert verdict["class"] == "different-weights"
     assert verdict["layer"] is None
+    assert verdict["reasons"][0] == "21 of 22 matrices differ, as further training leaves"
+
+
+def test_a_transform_that_nobody_declared_is_a_bug_with_its_class(evidence: Any) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    found = {
+        "relation": "quantized-from-under:rows-interleaved(8)",
+        "class": "row-permutation-heads",
+        "transforms": ["rows-interleaved(8)"],
+        "evidence": {"nmse_under": 0.004, "expected_nmse_under": 0.005, "alternatives_tried": 17},
+    }
+    relate(evidence, [name], "transformed", **{"conclusion": "transformed", "evidence": {name: found}})
+    report = build_report(evidence)
+    verdict = report["verdict"]
+    assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", 1, "qkv_matmul")
+    assert "rows-interleaved(8)" in verdict["reasons"][0]
+    assert "another number of heads" in verdict["reasons"][0]
+    (fault,) = report["weights"]["at_fault"]
+    assert (fault["class"], fault["alternatives_tried"]) == ("row-permutation-heads", 17)
 
 
 def test_non_finite_activations_are_a_bug_at_the_first_op(evidence: Any) -> None:
@@ -275,7 +300,8 @@ def test_a_fault_outside_the_layers_has_no_layer(evidence: Any) -> None:
 
 
 def test_different_weights_stay_so_and_get_a_place(evidence: Any) -> None:
-    relate(evidence, [name for name in helpers.tensor_names(3) if "proj" in name], "different")
+    names = [name for name in helpers.tensor_names(3) if "proj" in name]
+    relate(evidence, names, "different", **TWO_TRAININGS)
     entry = replays.faulty(layer=0, tap="qkv_matmul", component="model", **{"class": "unexplained"})
     verdict = replay(evidence, entry)
     assert (verdict["class"], verdict["layer"], verdict["op"]) == ("different-weights", 0, "qkv_matmul")

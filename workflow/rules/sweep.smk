@@ -55,6 +55,8 @@ rule sweep:
 
 rule weights:
     input:
+        teacher=TEACHER,
+        candidate=CANDIDATE,
         table=rules.sweep.output.table,
         inventory=rules.sweep.output.inventory,
     output:
@@ -68,12 +70,16 @@ rule weights:
     conda:
         ENVIRONMENT
     resources:
-        mem_mb=1000,
-        runtime=10,
+        mem_mb=2000,
+        runtime=30,
+        gpu=CASE.gpus,
     params:
+        device=CONFIG.device,
         low=CONFIG.sweep.band[0],
         high=CONFIG.sweep.band[1],
         code=code_digest("sweep"),
     shell:
         "driftscope stage weights {input.table} --inventory {input.inventory}"
-        " --low {params.low} --high {params.high} --out {output} 2> {log}"
+        " --teacher {input.teacher} --candidate {input.candidate}"
+        " --low {params.low} --high {params.high} --out {output} --threads {threads}"
+        " --device {params.device} 2> {log}"

@@ -7,12 +7,14 @@ distribution, and by a few tensors that no transform explains, before 300 tensor
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from driftscope.analysis.linear_relation import linear_relation
 from driftscope.analysis.pairs import pairs
 from driftscope.analysis.relations import Band, Relation, Relations, relation_of
 from driftscope.analysis.trainings import judge_training, may_be_two_trainings, spread
+from driftscope.analysis.transform_classes import fault_class
 from driftscope.artifacts.names import layer_of
 
 if TYPE_CHECKING:
@@ -70,7 +72,10 @@ def relate(
         *(Relation(name, "missing") for name in inventory["missing"]),
         *(Relation(name, "extra") for name in inventory["extra"]),
     ]
-    return Relations(band, (*found.values(), *alone), judge_training(rows, different, pair_of), searched)
+    tensors = [*found.values(), *alone]
+    if a is not None:
+        tensors = [replace(item, fault=fault_class(item, a.config)) for item in tensors]
+    return Relations(band, tuple(tensors), judge_training(rows, different, pair_of), searched)
 
 
 def _worth_searching(

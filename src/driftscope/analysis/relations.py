@@ -60,6 +60,7 @@ class Relation:
             `driftscope.artifacts.transforms` and `driftscope.analysis.transform_search`.
         expected: whether the transforms are those of the containers, undone on reading.
         evidence: the figures that the choice rests on.
+        fault: class of what is wrong (`driftscope.analysis.transform_classes`), where that is known.
     """
 
     tensor: str
@@ -67,6 +68,7 @@ class Relation:
     transforms: tuple[str, ...] = ()
     expected: bool = True
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    fault: str | None = None
 
     @property
     def name(self) -> str:
@@ -102,6 +104,7 @@ class Relation:
             "match": self.match,
             "transforms": list(self.transforms),
             "expected": self.expected,
+            "class": self.fault,
             "evidence": dict(self.evidence),
         }
 

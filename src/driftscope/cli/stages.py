@@ -94,15 +94,20 @@ def sweep_join(
 @stage.command()
 def weights(
     table: Path,
+    teacher: Teacher,
+    candidate: Candidate,
     inventory: Annotated[Path, typer.Option()],
     low: Annotated[float, typer.Option(help="lower end of measured over expected NMSE")],
     high: Annotated[float, typer.Option(help="upper end of measured over expected NMSE")],
     out: Out,
+    threads: Threads = 1,
+    device: Device = "cpu",
 ) -> None:
-    """Say what each tensor of the candidate is to the teacher's."""
+    """Say what each tensor of the candidate is to the teacher's; search what nothing explains."""
     from driftscope.stages.sweep import judge
 
-    judge(table, inventory, (low, high), out)
+    band = (low, high)
+    judge(teacher, candidate, table, inventory, band, out, threads=threads, device=device)
 
 
 @stage.command()

@@ -27,11 +27,12 @@ VERDICT_NAMES = {
 
 _CHIPS = {
     "good": ("identical", "expected-quantization-noise", "admissible", "holds", "supported", "reproduced"),
-    "fine": ("quantized-from", "equal-after-transform", "done"),
+    "fine": ("quantized-from", "equal-under", "downcast", "done"),
     "against": ("falsified", "refuted"),
     "bad": (
         "bug",
         "different",
+        "transformed",
         "non-finite",
         "fails",
         "inadmissible",
@@ -41,7 +42,12 @@ _CHIPS = {
 }
 _MARKS = {"good": "✓", "fine": "≈", "bad": "✗", "against": "✗", "mixed": "◐", "none": "–"}
 
-_WORDS = {"quantized-from": "quantized", "equal-after-transform": "equal after a transform"}
+_WORDS = {
+    "quantized-from": "quantized",
+    "equal-under": "equal under a declared transform",
+    "downcast": "rounded to a smaller float format",
+    "transformed": "under an undeclared transform",
+}
 
 _MECHANISMS = {"weight": "weight quantization", "activation": "activation quantization"}
 

@@ -51,6 +51,8 @@ FAULTS = {
     "swiglu-shift": "factors of the product shifted against each other",
     "residual": "residual added twice or not at all",
     "other-layer": "weights of another layer",
+    "other-tensor": "weights of another tensor of the layer",
+    "transform": "weight stored under a transform that is not undone",
     "non-finite": "values that are not finite",
     "corrupt-block": "corrupt block of a weight",
     "unexplained": "no known fault explains it",

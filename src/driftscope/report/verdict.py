@@ -7,6 +7,7 @@ from typing import Any
 
 from driftscope.report.local import FAULTS, is_clean
 from driftscope.report.text import count, counted, listed, number, percent, percent_interval, probability
+from driftscope.report.weights import UNEXPLAINED
 
 CLASSES = (
     "identical",
@@ -116,18 +117,28 @@ def _decide(report: Mapping[str, Any]) -> Decision:
 
 def _weights_at_fault(weights: Section) -> Decision | None:
     relations, tensors = weights["relations"], weights["tensors"]
-    different, non_finite = relations.get("different", 0), relations.get("non-finite", 0)
-    if different * 2 > tensors:
-        reason = f"{count(different)} of {counted(tensors, 'tensor')} relate by no quantization or transform"
-        return "different-weights", None, [reason]
-    if not different and not non_finite:
+    if weights["conclusion"] == "different-weights":
+        return "different-weights", None, [weights["statement"].removeprefix("Different weights: ")]
+    unexplained = sum(relations.get(relation, 0) for relation in UNEXPLAINED)
+    if not unexplained:
         return None
     first = weights["first_unlike"]
-    what = "has values that are not finite" if first["relation"] == "non-finite" else "is different"
-    reasons = [f"{first['tensor']} {what}, the first of {count(different + non_finite)} in the model's order"]
-    explained = tensors - different - non_finite
-    reasons.append(f"{count(explained)} of {counted(tensors, 'tensor')} are explained")
+    reasons = [f"{_what_it_is(first, weights)}, the first of {count(unexplained)} in the model's order"]
+    if weights["statement"]:
+        reasons.append(weights["statement"])
+    reasons.append(f"{count(tensors - unexplained)} of {counted(tensors, 'tensor')} are explained")
     return "bug", (_layer(first["layer"]), first["op"]), reasons
+
+
+def _what_it_is(first: Section, weights: Section) -> str:
+    """Say what a tensor is that is not the teacher's."""
+    if first["relation"] == "non-finite":
+        return f"{first['tensor']} has values that are not finite"
+    found: Section = next((item for item in weights["at_fault"] if item["tensor"] == first["tensor"]), {})
+    if first["relation"] == "different" or not found:
+        return f"{first['tensor']} is different"
+    words = FAULTS.get(found["class"], found["class"])
+    return f"{first['tensor']} is the teacher's under {listed(found['transforms'])}: {words}"
 
 
 def _joined(decision: Decision, fault: Section) -> Decision:
@@ -199,7 +210,7 @@ def _noise_or_not(report: Mapping[str, Any]) -> Decision:
     """Every tensor is explained and every value is finite: identical, noise, or undecided."""
     weights, divergence = report["weights"], report["divergence"]
     relations, tensors = weights["relations"], weights["tensors"]
-    same = relations.get("identical", 0) + relations.get("equal-after-transform", 0)
+    same = relations.get("identical", 0) + relations.get("equal-under", 0)
     pairs = divergence["pairs"]
     if same == tensors:
         if all(pair["largest"] is None for pair in pairs):
@@ -220,12 +231,16 @@ def _noise_or_not(report: Mapping[str, Any]) -> Decision:
             f"All {counted(tensors, 'tensor')} hold the same values; what differs is the integer arithmetic"
         )
     else:
-        quantized = relations.get("quantized-from", 0)
+        quantized, rounded = relations.get("quantized-from", 0), relations.get("downcast", 0)
         reason = (
             f"{count(quantized)} of {counted(tensors, 'tensor')} are the teacher's, quantized within what"
             f" their format predicts, and {count(same)} hold the same values"
         )
-    return _confirmed_noise(report, [reason])
+        if rounded:
+            reason += f"; {count(rounded)} are the teacher's rounded to a smaller float format, bit for bit"
+    changing = [item["key"] for item in weights["metadata_differences"] if item["matters"]]
+    metadata = [f"The models' metadata differ in {listed(changing)}"] if changing else []
+    return _confirmed_noise(report, [reason, *metadata])
 
 
 def _confirmed_noise(report: Mapping[str, Any], reasons: list[str]) -> Decision:

@@ -15,13 +15,24 @@ if TYPE_CHECKING:
 
 RELATIONS = (
     "identical",
-    "equal-after-transform",
+    "equal-under",
+    "downcast",
     "quantized-from",
+    "transformed",
     "different",
     "non-finite",
     "unclassified",
 )
-"""What a tensor of the candidate can be to the teacher's, from the best to the worst."""
+"""What a tensor of the candidate can be to the teacher's, from the best to the worst.
+
+``equal-under`` is equal under a transform that its container declares, ``transformed`` the teacher's under
+one that none declares.
+"""
+
+UNEXPLAINED = ("transformed", "different", "non-finite")
+"""Relations that no legal conversion leaves."""
+
+SHOWN_AT_FAULT = 60
 
 WORST_LISTED = 12
 _LISTED = (
@@ -53,6 +64,7 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
     inventory = evidence.get("sweep_inventory") or {}
     relations = _relations(sweep, evidence.get("sweep_summary") or {})
     rows = sorted(sweep.iter_rows(named=True), key=lambda row: tensor_order(row["tensor"]))
+    summary = evidence.get("sweep_summary") or {}
     for row in rows:
         row["relation"] = relations[row["tensor"]]
     counts = Counter(row["relation"] for row in rows)
@@ -65,7 +77,11 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
         "elements_compared": sum(row["compared_count"] for row in rows),
         "elements_identical": sum(row["identical_count"] for row in rows),
         "relations": {relation: counts.get(relation, 0) for relation in RELATIONS},
-        "band": (evidence.get("sweep_summary") or {}).get("band"),
+        "band": summary.get("band"),
+        "conclusion": summary.get("conclusion"),
+        "statement": summary.get("statement") or "",
+        "at_fault": _at_fault(rows, summary)[:SHOWN_AT_FAULT],
+        "searched": dict(summary.get("searched") or {"tensors": 0, "alternatives": 0}),
         "first_unlike": _first_unlike(rows),
         "by_dtype": _by_dtype(rows),
         "worst": [_listed_row(row) for row in sorted(rows, key=_badness)[:WORST_LISTED]],
@@ -79,23 +95,47 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
 
 def _relations(sweep: pl.DataFrame, summary: Document) -> dict[str, str]:
     """Return each tensor's relation; what the sweep's summary does not name is ``unclassified``."""
-    given = summary.get("relations") or {}
-    if not isinstance(given, Mapping):
-        given = {item["tensor"]: item["relation"] for item in given}
+    given = summary.get("kinds") or {}
     found = {}
     for tensor in sweep["tensor"].to_list():
-        relation = str(given.get(tensor, "unclassified"))
-        found[tensor] = relation if relation in RELATIONS else "equal-after-transform"
+        kind = str(given.get(tensor, "unclassified"))
+        found[tensor] = kind if kind in RELATIONS else "unclassified"
     return found
 
 
 def _first_unlike(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Name the first tensor, in the order of the forward pass, that no legal relation explains."""
     for row in rows:
-        if row["relation"] in ("different", "non-finite"):
+        if row["relation"] in UNEXPLAINED:
             layer, op = op_of_tensor(row["tensor"])
             return {"tensor": row["tensor"], "relation": row["relation"], "layer": layer, "op": op}
     return None
+
+
+def _at_fault(rows: list[dict[str, Any]], summary: Document) -> list[dict[str, Any]]:
+    """Say of each tensor that no legal relation explains what it is, and by what evidence."""
+    found = []
+    for row in rows:
+        if row["relation"] not in UNEXPLAINED:
+            continue
+        judged = (summary.get("evidence") or {}).get(row["tensor"]) or {}
+        figures = judged.get("evidence") or {}
+        found.append(
+            {
+                "tensor": row["tensor"],
+                "relation": str(judged.get("relation", row["relation"])),
+                "class": judged.get("class"),
+                "transforms": list(judged.get("transforms") or []),
+                "nmse": row["nmse"],
+                "expected_nmse": row["expected_nmse"],
+                "nmse_under": figures.get("nmse_under"),
+                "expected_nmse_under": figures.get("expected_nmse_under"),
+                "alternatives_tried": figures.get("alternatives_tried"),
+                "best_alternative": figures.get("best_alternative"),
+                "best_alternative_sample_nmse": figures.get("best_alternative_sample_nmse"),
+            }
+        )
+    return found
 
 
 def _by_dtype(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -72,11 +72,38 @@ def join(teacher: Path, candidate: Path, shards: Sequence[Path], out: Path, inve
     write_json(inventory(a, b), inventory_out, header)
 
 
-def judge(table: Path, inventory_path: Path, band: tuple[float, float], out: Path) -> None:
-    """Say what each tensor of the candidate is to the teacher's."""
+def judge(
+    teacher: Path,
+    candidate: Path,
+    table: Path,
+    inventory_path: Path,
+    band: tuple[float, float],
+    out: Path,
+    *,
+    threads: int = 1,
+    device: str = "cpu",
+) -> None:
+    """Say what each tensor of the candidate is to the teacher's.
+
+    What the table explains is not read again; tensors that nothing explains are searched.
+    """
+    from driftscope.analysis.relate import relate
     from driftscope.analysis.relations import Band
     from driftscope.analysis.sweep_summary import summarise
+    from driftscope.kernels.device import kernels_on
 
-    summary = summarise(read_table(table, "sweep"), read_json(inventory_path), Band(*band))
-    inputs = {"sweep": sha256_file(table), "inventory": sha256_file(inventory_path)}
-    write_json(summary, out, EvidenceHeader.of("sweep", inputs, {"band": list(band)}))
+    a, digest_a = open_model(teacher)
+    b, digest_b = open_model(candidate)
+    rows = read_table(table, "sweep").to_dicts()
+    inventory = read_json(inventory_path)
+    device = take_device(device)
+    relations = relate(rows, inventory, Band(*band), a, b, kernels=kernels_on(device, threads))
+    inputs = {
+        "a": digest_a,
+        "b": digest_b,
+        "sweep": sha256_file(table),
+        "inventory": sha256_file(inventory_path),
+    }
+    parameters = {"band": list(band), **device_parameter(device)}
+    header = EvidenceHeader.of("sweep", inputs, parameters)
+    write_json(summarise(rows, inventory, relations), out, header)
