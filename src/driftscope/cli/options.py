@@ -24,11 +24,15 @@ Results = Annotated[Path, typer.Option(help="results folder of the case")]
 
 
 def open_any(path: Path) -> Any:
-    """Open a model by its file, its folder or its manifest."""
+    """Open a model by its file, its folder or its manifest; verifying an .apr file shows its progress."""
     from driftscope.artifacts.open import open_artifact
+    from driftscope.cli.show import progress_bar
     from driftscope.evidence.manifest import open_model
 
-    return open_model(path)[0] if path.suffix == ".json" else open_artifact(path)
+    if path.suffix == ".json":
+        return open_model(path)[0]
+    with progress_bar("verifying", visible=path.suffix == ".apr") as advance:
+        return open_artifact(path, progress=advance)
 
 
 def part_of(text: str) -> tuple[int, int]:

@@ -69,7 +69,8 @@ def open_model(manifest: Path) -> tuple[Artifact, str]:
                 f"{path}: {found}, expected {file['bytes']} bytes as listed in {manifest}; "
                 f"delete {manifest} to make the model anew"
             )
-    artifact = open_artifact(manifest.parent / document["path"])
+    # A manifest is written when its model has been opened, and so verified, once.
+    artifact = open_artifact(manifest.parent / document["path"], verified=True)
     check_complete(artifact)
     return artifact, model_digest(document)
 
