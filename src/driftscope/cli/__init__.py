@@ -11,6 +11,7 @@ from pathlib import Path
 
 from driftscope.cli.commands import app
 from driftscope.cli.contracts import contracts
+from driftscope.cli.convert import convert
 from driftscope.cli.diff import diff
 from driftscope.cli.faultbench import faultbench
 from driftscope.cli.inspect import inspect
@@ -18,7 +19,7 @@ from driftscope.cli.stages import stage
 from driftscope.cli.traces import compare, replay, trace
 from driftscope.errors import InputError
 
-for command in (inspect, diff, trace, compare, replay):
+for command in (inspect, diff, convert, trace, compare, replay):
     app.command()(command)
 app.add_typer(stage, name="stage")
 app.add_typer(contracts, name="contracts")
