@@ -106,10 +106,13 @@ def scales_beside(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
         weight += ".weight"
         if not mark or weight not in stored or f"_{rest}" in _HARMLESS:
             continue
-        if f"_{rest}" not in _SCALES or weight in found:
-            other = f" and {found[weight].name[:120]}" if weight in found else ""
+        if f"_{rest}" not in _SCALES:
             raise InputError(
-                f"{tensor.file}: {weight[:120]} has {name[:120]}{other} beside it, which is not supported"
+                f"{tensor.file}: {weight[:120]} has {name[:120]} beside it, which is not supported"
+            )
+        if weight in found:
+            raise InputError(
+                f"{tensor.file}: {weight[:120]} has both {found[weight].name[:120]} and {name[:120]}"
             )
         found[weight] = tensor
     return found
