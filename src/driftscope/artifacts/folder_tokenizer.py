@@ -67,23 +67,23 @@ def read_folder(
     _add_tokens(document, folder, config, path)
     if architecture == "llama" and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
         _as_llama_tokenizer(document, config)
-    _add_flagged(document, config)
+    if path.name == "tokenizer.model":
+        # Beside a tokenizer.json, whose post-processor says it, transformers ignores the flags.
+        _add_flagged(document, config)
     return document, config, path
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json`` of a model folder, or an empty dictionary where there is none.
 
-    Special tokens that it does not name come from ``special_tokens_map.json``, where older folders have
-    them.
+    As in transformers, ``special_tokens_map.json`` of older folders goes before it, unless it lists the
+    added tokens itself.
     """
     path = folder / "tokenizer_config.json"
     config = read_json_object(path) if path.is_file() else {}
     named = folder / "special_tokens_map.json"
-    if named.is_file():
-        for name, value in read_json_object(named).items():
-            if name in SPECIAL_KEYS and name not in config:
-                config[name] = value
+    if named.is_file() and "added_tokens_decoder" not in config:
+        config |= {name: value for name, value in read_json_object(named).items() if name in SPECIAL_KEYS}
     return config
 
 
@@ -268,8 +268,6 @@ def _as_llama_tokenizer(document: dict[str, Any], config: Mapping[str, Any]) -> 
 
 def _add_flagged(document: dict[str, Any], config: Mapping[str, Any]) -> None:
     """The tokens that begin and end a sequence, where ``tokenizer_config.json`` says whether they do."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
     ids = {token["content"]: token["id"] for token in document["added_tokens"]}
     vocab = document["model"].get("vocab") if isinstance(document.get("model"), dict) else None
     known = {**vocab, **ids} if isinstance(vocab, dict) else ids
@@ -280,8 +278,7 @@ def _add_flagged(document: dict[str, Any], config: Mapping[str, Any]) -> None:
         index = known.get(text) if text is not None else None
         texts.append(text if isinstance(index, int) else None)
         found.append(index if isinstance(index, int) else None)
-    if found != [None, None] or document.get("post_processor") is not None:
-        document["post_processor"] = begin_and_end((texts[0], found[0]), (texts[1], found[1]))
+    document["post_processor"] = begin_and_end((texts[0], found[0]), (texts[1], found[1]))
 
 
 def begin_and_end(
