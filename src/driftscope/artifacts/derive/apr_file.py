@@ -44,6 +44,8 @@ from driftscope.artifacts.apr_dtypes import QUANTIZED as QUANTIZED_DTYPES
 from driftscope.artifacts.apr_tokenizer import TOKENS, apr_keys
 from driftscope.artifacts.derive.atomic import atomic_file
 from driftscope.artifacts.derive.hf_config import hf_config
+from driftscope.artifacts.derive.hf_folder import main_float
+from driftscope.artifacts.derive.rows import shifted
 from driftscope.artifacts.derive.source import source_of_copy
 from driftscope.artifacts.derive.tokenizer_keys import tokenizer_keys
 from driftscope.artifacts.model import Artifact
@@ -221,17 +223,10 @@ def _metadata(
     quantized = sorted({tensor.dtype for tensor in tensors if tensor.dtype in QUANTIZED_DTYPES})
     if quantized:
         found["quantization"] = {"quant_type": "+".join(quantized)}
-    found[HF_CONFIG] = hf_config(source, _main_float(tensors), None)
+    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
+    main = main_float(dtypes, {tensor.name: tensor.nbytes for tensor in tensors})
+    found[HF_CONFIG] = hf_config(source, main, None)
     return found | dict(keys)
-
-
-def _main_float(tensors: list[StoredTensor]) -> str:
-    """The float dtype that holds the most bytes."""
-    sizes = {"F32": 0, "F16": 0, "BF16": 0}
-    for tensor in tensors:
-        if tensor.dtype in sizes:
-            sizes[tensor.dtype] += tensor.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _rows_are_interleaved(source: Artifact) -> bool:
@@ -258,13 +253,13 @@ def _stored(ref: TensorRef, quantize: str | None, *, keep_order: bool, dequantiz
     if order is None and isinstance(ref, AprTensor):
         return StoredTensor(ref.name, ref.stored_dtype, ref.shape, lambda: [ref.stored_bytes()])
     if ref.dtype in CODES and ref.stored_dtype == ref.dtype:
-        return StoredTensor(ref.name, ref.dtype, ref.shape, lambda: _as_it_is(ref, order))
+        return StoredTensor(ref.name, ref.dtype, ref.shape, lambda: _rows(ref, order))
     if ref.dtype == "Q4_0":
         return StoredTensor(
             ref.name,
             APR_Q4,
             ref.shape,
-            lambda: (apr_q4_of_q4_0(slab.reshape(-1)) for slab in _as_it_is(ref, order)),
+            lambda: (apr_q4_of_q4_0(slab.reshape(-1)) for slab in _rows(ref, order)),
         )
     if not dequantize_rest:
         raise InputError(
@@ -283,10 +278,6 @@ def _rows(ref: TensorRef, order: NDArray[np.int64] | None) -> Iterator[Bytes]:
         yield np.ascontiguousarray(raw[start:stop] if order is None else raw[order[start:stop]])
 
 
-def _as_it_is(ref: TensorRef, order: NDArray[np.int64] | None) -> Iterator[Bytes]:
-    return _rows(ref, order)
-
-
 def _values(ref: TensorRef, order: NDArray[np.int64] | None) -> Iterator[NDArray[np.float32]]:
     """The canonical values, slab by slab.
 
@@ -295,16 +286,7 @@ def _values(ref: TensorRef, order: NDArray[np.int64] | None) -> Iterator[NDArray
     """
     if ref.dtype == "F64":
         raise InputError(f"{ref.file}: {ref.stored_name} is F64, whose values F32 cannot hold")
-    added = np.float32(ref.value_offset)
-    for rows in _rows(ref, order):
-        values = dequantize(rows, ref.dtype)
-        if ref.value_offset:
-            stored, values = values, values - added
-            if not np.array_equal(values + added, stored, equal_nan=True):
-                raise InputError(
-                    f"{ref.file}: {ref.stored_name} minus {ref.value_offset:g} cannot be held by F32"
-                )
-        yield values
+    return shifted((dequantize(rows, ref.dtype) for rows in _rows(ref, order)), ref, 0.0)
 
 
 def _as_f32(ref: TensorRef, order: NDArray[np.int64] | None) -> Iterator[Bytes]:
