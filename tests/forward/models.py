@@ -17,6 +17,9 @@ _SHAPE: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 
+# Phi-3's own are beyond a small vocabulary.
+_PHI3_TOKENS = {"pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 1}
+
 SWITCHES: dict[str, dict[str, Any]] = {
     "llama": {
         "model_type": "llama",
@@ -98,7 +101,78 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    "qwen3-windows": {
+        "model_type": "qwen3",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 13,
+        "attn_logit_softcapping": 8.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "gemma3-capped": {
+        "model_type": "gemma3_text",
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 10,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "final_logit_softcapping": 4.0,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "sliding_window": 17,
+        **_PHI3_TOKENS,
+    },
+    "phi3-partial": {
+        "model_type": "phi3",
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+        **_PHI3_TOKENS,
+    },
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.05, 1.1, 1.2, 1.25, 1.3],
+            "long_factor": [1.1, 1.5, 2.0, 3.0, 5.0, 8.0],
+        },
+        **_PHI3_TOKENS,
+    },
 }
+"""Name to the configuration of a model; 33 tokens are beyond every window and LongRoPE's training."""
 
 
 def write_model(folder: Path, name: str, *, seed: int = 0, **changes: Any) -> Path:
@@ -110,11 +184,12 @@ def write_model(folder: Path, name: str, *, seed: int = 0, **changes: Any) -> Pa
     config = transformers.AutoConfig.for_model(**{**_SHAPE, **SWITCHES[name], **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
+    centre = 0.0 if config.model_type.startswith("gemma") else 1.0
     with torch.no_grad():
         for key, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if key.endswith("norm.weight"):
-                parameter.copy_(1.0 + 0.2 * noise)
+                parameter.copy_(centre + 0.2 * noise)
             elif key.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             elif "embed_tokens" in key:

@@ -17,7 +17,7 @@ from driftscope.forward.model import ForwardPass
 from driftscope.forward.policy import WHOLE_MODEL, Choice, Policy
 from driftscope.forward.taps import Collector
 
-BATCH = TokenBatch.of([[5, 9, 200, 7, 7, 41, 300, 2, 11, 90], [3], [17, 4, 250]])
+BATCH = TokenBatch.of([[5, 9, 200, 7, 7, 41, 300, 2, 11, 90], [3], [17, 4, 250], [*range(100, 136)]])
 
 
 def recorded(collector: Collector, layer: int, tap: str) -> Value:
@@ -29,7 +29,13 @@ def recorded(collector: Collector, layer: int, tap: str) -> Value:
 
 @pytest.mark.parametrize("path", ["f32", "int8-dot"])
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window", "llama-yarn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "qwen2", "qwen3", "mistral-window", "llama-yarn"),
+        *("gemma2", "gemma3", "gemma3-capped", "phi3", "phi3-longrope"),
+    ],
+)
 def test_every_op_gives_the_bits_of_the_pass(name: str, kv_type: str, path: str, tmp_path: Path) -> None:
     teacher = open_artifact(write_model(tmp_path / "teacher", name))
     write_candidate(teacher, tmp_path / "model.gguf", scheme="Q8_0")

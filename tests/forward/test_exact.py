@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ import transformers
 from tests.forward.models import write_model
 
 from driftscope.artifacts.derive.candidate import write_candidate
+from driftscope.artifacts.model import ModelConfig
 from driftscope.artifacts.open import open_artifact
 from driftscope.forward.architecture import taps
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.exact import ExactOps
 from driftscope.forward.model import ForwardPass
 from driftscope.forward.policy import WHOLE_MODEL, Policy
-from driftscope.forward.rotary import exact_frequencies, rope_frequencies, rope_scale
+from driftscope.forward.rotary import exact_frequencies, is_long, rope_frequencies, rope_scale
 from driftscope.forward.taps import Collector
 
 BATCH = TokenBatch.of([[5, 9, 200, 7, 7, 41, 300, 2, 11, 90, 12, 8, 77], [3], [17, 4, 250]])
-NAMES = ["llama", "llama-3-scaling", "llama-yarn", "llama-linear-scaling", "mistral-window", "qwen2", "qwen3"]
+NAMES = [
+    *("llama", "llama-3-scaling", "llama-yarn", "llama-linear-scaling", "mistral-window", "qwen2", "qwen3"),
+    *("qwen3-windows", "gemma2", "gemma3", "gemma3-capped", "phi3", "phi3-partial"),
+]
 
 
 def chain(ops: ExactOps, batch: TokenBatch) -> dict[tuple[int, str], Any]:
@@ -40,30 +45,36 @@ def chain(ops: ExactOps, batch: TokenBatch) -> dict[tuple[int, str], Any]:
 class _ExactAngles(torch.nn.Module):
     """Rotary angles in float64, which transformers forms in float32 whatever the model's dtype."""
 
-    def __init__(self, frequencies: np.ndarray, scale: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.frequencies, self.scale = torch.tensor(frequencies), scale
+        self.config = config
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        angles = position_ids[..., None].double() * torch.cat([self.frequencies] * 2)
-        return angles.cos() * self.scale, angles.sin() * self.scale
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str = "") -> Any:
+        local = layer_type == "sliding_attention" and self.config.local_rope_theta is not None
+        long = is_long(self.config, int(position_ids.max()) + 1)
+        frequencies = torch.tensor(exact_frequencies(self.config, local=local, long=long))
+        angles = position_ids[..., None].double() * torch.cat([frequencies] * 2)
+        scale = rope_scale(self.config, local=local)
+        return angles.cos() * scale, angles.sin() * scale
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "phi3-longrope"])
 def test_logits_are_those_of_transformers_in_float64(name: str, tmp_path: Path) -> None:
     artifact = open_artifact(write_model(tmp_path, name))
+    eager = artifact.config.attention_softcap is not None
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float64, attn_implementation="sdpa"
+        tmp_path, dtype=torch.float64, attn_implementation="eager" if eager else "sdpa"
     ).eval()
-    frequencies = exact_frequencies(artifact.config)
-    model.model.rotary_emb = _ExactAngles(frequencies, rope_scale(artifact.config))
-    found = chain(ExactOps(artifact), BATCH)[WHOLE_MODEL, "lm_head"]
-    for tokens in BATCH.slices:
+    model.model.rotary_emb = _ExactAngles(artifact.config)
+    long = [*range(3, 45)] if name == "phi3-longrope" else [3]
+    batch = TokenBatch.of([BATCH.ids[:13].tolist(), long, [17, 4, 250]])
+    found = chain(ExactOps(artifact), batch)[WHOLE_MODEL, "lm_head"]
+    for tokens in batch.slices:
         with torch.inference_mode():
-            ids = torch.tensor(BATCH.ids[tokens].astype(np.int64))[None]
+            ids = torch.tensor(batch.ids[tokens].astype(np.int64))[None]
             expected = model(ids, use_cache=False).logits[0].numpy()
         error = np.square(found[tokens] - expected).sum() / np.square(expected).sum()
-        # transformers computes norms in float32 whatever the dtype.
+        # transformers computes norms in float32 whatever the dtype, and eager attention its softmax.
         assert error < 1e-12
 
 
@@ -83,10 +94,13 @@ def test_every_tap_is_near_the_float32_pass(name: str, tmp_path: Path) -> None:
             assert np.allclose(part, collector.arrays[key], rtol=1e-3, atol=1e-4), key
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_frequencies_without_roundings(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*NAMES, "phi3-longrope"])
+@pytest.mark.parametrize("which", [{}, {"local": True}, {"long": True}])
+def test_frequencies_without_roundings(name: str, which: dict[str, bool], tmp_path: Path) -> None:
     config = open_artifact(write_model(tmp_path, name)).config
-    exact, rounded = exact_frequencies(config), rope_frequencies(config)
+    if "local" in which and config.local_rope_theta is None:
+        config = dataclasses.replace(config, local_rope_theta=77.0)
+    exact, rounded = exact_frequencies(config, **which), rope_frequencies(config, **which)
     assert exact.dtype == np.float64
     assert np.allclose(exact, rounded, rtol=1e-6, atol=0)
     assert not np.array_equal(exact, rounded)

@@ -58,6 +58,19 @@ def test_every_step_has_the_bits_of_the_whole_prefix(folder: Path) -> None:
             assert np.array_equal(logits[s], expected[s][end - 1])
 
 
+def test_a_sequence_that_outgrows_its_training_turns_by_other_angles(tmp_path: Path) -> None:
+    artifact = open_artifact(write_model(tmp_path / "model", "phi3-longrope"))
+    whole = [np.arange(100, 150).tolist(), np.arange(200, 230).tolist()]
+    model = CachedPass({"teacher": artifact}, TEACHER, sequences=2, capacity=50)
+    for begin, end in ((0, 20), (20, 31), (31, 32), (32, 33), (33, 34), (34, 50)):
+        logits = model.feed({s: ids[begin:end] for s, ids in enumerate(whole) if ids[begin:end]})
+        for s, found in enumerate(logits):
+            ids = whole[s][:end]
+            expected = ForwardPass({"teacher": artifact}, TEACHER).run(TokenBatch.of([ids]))[-1]
+            assert np.array_equal(found, expected)
+        assert model.lengths == [end, min(end, 30)]
+
+
 @pytest.mark.parametrize("path", ["f32", "int8-dot"])
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
 def test_cached_tokens_are_the_recomputed_ones(qwen2: Artifact, path: str, kv_type: str) -> None:

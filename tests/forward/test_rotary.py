@@ -1,15 +1,28 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
+from driftscope.artifacts.config import config_from_hf
 from driftscope.artifacts.model import ModelConfig
 from driftscope.errors import InputError
-from driftscope.forward.rotary import longest_sequence, rope_frequencies, rope_scale
+from driftscope.forward.batch import TokenBatch
+from driftscope.forward.rotary import (
+    Rotations,
+    is_long,
+    longest_sequence,
+    rope_frequencies,
+    rope_scale,
+    turns_locally,
+)
+from driftscope.kernels.forward import rope_tables
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -51,6 +64,82 @@ def test_frequencies_are_transformers(theta: float, scaling: dict[str, Any] | No
     )
     # torch's power is good to an ulp or two of float32.
     np.testing.assert_allclose(rope_frequencies(config(theta, scaling)), theirs.inv_freq.numpy(), rtol=2.5e-7)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.75, 0.5])
+@pytest.mark.parametrize("given", [{}, {"attention_factor": 1.25}])
+def test_longrope_is_transformers(share: float, given: dict[str, float]) -> None:
+    half = int(64 * share) // 2
+    factors = {
+        "short_factor": np.linspace(1.0, 1.3, half).tolist(),
+        "long_factor": np.linspace(1.1, 40.0, half).tolist(),
+    }
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": share,
+        "original_max_position_embeddings": 4096,
+        **factors,
+        **given,
+    }
+    hf = Phi3Config(
+        hidden_size=64,
+        num_attention_heads=1,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_parameters=parameters,
+    )
+    theirs = Phi3RotaryEmbedding(hf)
+    read = config_from_hf({**hf.to_dict(), "model_type": "phi3"}, "config.json")
+    assert (read.rotary_dim or 64) == 2 * half
+    assert rope_scale(read) == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    for length in (4096, 4097):
+        positions = torch.arange(length)[None]
+        theirs(torch.zeros(1), positions)
+        found = rope_frequencies(read, long=is_long(read, length))
+        np.testing.assert_allclose(found, theirs.inv_freq.numpy(), rtol=2.5e-7)
+    assert not np.allclose(rope_frequencies(read), rope_frequencies(read, long=True), rtol=0.05)
+
+
+def test_layers_with_a_window_turn_by_their_own_theta_unscaled() -> None:
+    base = config(1e6, {"rope_type": "linear", "factor": 8.0})
+    mixed = dataclasses.replace(
+        base, num_layers=3, sliding_window=8, sliding_layers=(0, 2), local_rope_theta=1e4
+    )
+    rotations = Rotations(mixed)
+    batch = TokenBatch.of([[1, 2], [3]])
+    for layer, expected in ((0, config(1e4, None)), (1, base), (2, config(1e4, None))):
+        assert turns_locally(mixed, layer) == (layer != 1)
+        wanted = np.broadcast_to(rope_frequencies(expected), (3, 64))
+        assert np.array_equal(rotations.of_tokens(layer, batch), wanted)
+
+
+def test_each_sequence_turns_by_the_factors_for_its_own_length() -> None:
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 2.0],
+        "long_factor": [3.0, 4.0],
+        "original_max_position_embeddings": 2,
+        "attention_factor": 1.5,
+    }
+    rotations = Rotations(config(100.0, scaling, head_dim=4))
+    batch = TokenBatch.of([[1, 2, 3], [4], [5, 6]])
+    assert rotations.set_of(0, batch).tolist() == [1, 1, 1, 0, 0, 0]
+    cosine, sine, rows = rotations.tables(0, batch, rope_tables)
+    angles = np.array([0, 1, 2, 0, 0, 1])[:, None] * rotations.of_tokens(0, batch)
+    np.testing.assert_allclose(cosine[rows], 1.5 * np.cos(angles), rtol=1e-6)
+    np.testing.assert_allclose(sine[rows], 1.5 * np.sin(angles), rtol=1e-6)
+    assert rotations.tables(0, batch, rope_tables)[0] is cosine
+    # Other positions than the batch's turn by the same factors.
+    moved = rotations.tables(0, batch, rope_tables, np.full(6, 7))
+    np.testing.assert_allclose(moved[0][moved[2]], 1.5 * np.cos(7 * rotations.of_tokens(0, batch)), rtol=1e-5)
+
+
+def test_longrope_without_its_factors() -> None:
+    with pytest.raises(InputError, match="lacks short_factor"):
+        rope_frequencies(config(1e4, {"rope_type": "longrope"}))
+    with pytest.raises(InputError, match="3 values; expected 64"):
+        rope_frequencies(config(1e4, {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0]}))
 
 
 def test_ggufs_factors_stand_in_for_the_scaling_in_the_configuration() -> None:
