@@ -8,8 +8,8 @@ GGUF stores only a name (``tokenizer.ggml.pre``); what the name means is compile
 
 llama.cpp never normalizes text for these vocabularies. Where the original tokenizer does (Qwen2 applies
 NFC), the table follows the original: it is what the model was trained with. The two then differ for
-text that is not in NFC, such as a letter followed by a combining accent. Likewise ``tekken``: llama.cpp's
-expression leaves out the combining marks that the original takes for letters.
+text that is not in NFC, such as a letter followed by a combining accent. Likewise ``tekken`` and ``gpt-4o``:
+llama.cpp's expressions leave out the combining marks that the originals take for letters.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTED}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -88,6 +97,10 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
         _sequence(_split(_TEKKEN), _byte_level(use_regex=False)),
         ignore_merges=True,
         add_bos=True,
+    ),
+    PreTokenizer(("gpt-4o", "llama4", "kanana2"), _sequence(_split(_GPT4O), _byte_level(use_regex=False))),
+    PreTokenizer(
+        ("qwen35",), _sequence(_split(_QWEN35), _byte_level(use_regex=False)), normalizer={"type": "NFC"}
     ),
     PreTokenizer(
         ("default",),
