@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -257,3 +258,70 @@ def test_mutated_header_is_refused_at_least_where_the_library_refuses_it(tmp_pat
         outcomes.append(ours)
     assert any(outcomes)
     assert not all(outcomes)
+
+
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+
+def test_the_dtypes_are_those_of_the_library(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of({"a": item(0, 32, dtype="none such")}))
+    with pytest.raises(SafetensorError) as caught, safe_open(path, framework="numpy"):
+        pass
+    assert set(re.findall("`([A-Z0-9_]+)`", str(caught.value))) == set(BITS)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_sizes_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "x.safetensors"
+    nbytes = 8 * BITS[dtype] // 8
+    path.write_bytes(file_of({"a": item(0, nbytes, dtype)}, bytes(nbytes)))
+    assert read_safetensors(path)["a"].nbytes == nbytes
+    with safe_open(path, framework="numpy"):
+        pass
+    for shape in ([7], [9], [2**61, 2**61, 2**10], [8, 0], [2**63 - 1]):
+        path.write_bytes(file_of({"a": item(0, nbytes, dtype, shape)}, bytes(nbytes)))
+        with pytest.raises(InputError, match=rf"tensor a has {nbytes} bytes; {dtype} .* takes"):
+            read_safetensors(path)
+
+
+RANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "begin beyond": ({"a": item(2**62, 2**62 + 32)}, "tensor a ends at byte"),
+    "end of 2^63": ({"a": item(0, 2**63)}, "data_offsets"),
+    "end of 2^64": ({"a": item(0, 2**64)}, "data_offsets"),
+    "dim of 2^63": ({"a": item(0, 32, shape=[2**63])}, "tensor a has the shape"),
+    "float offset": ({"a": item(0, 32.0)}, "data_offsets"),  # type: ignore[arg-type]
+    "same range twice": ({"a": item(0, 32), "b": item(0, 32)}, "tensor b starts at byte"),
+    "overlap": ({"a": item(0, 20, shape=[5]), "b": item(16, 32, shape=[4])}, "tensor b starts at byte"),
+    "gap": ({"a": item(0, 12, shape=[3]), "b": item(16, 32, shape=[4])}, "tensor b starts at byte"),
+    "many dimensions": ({"a": item(0, 4, shape=[1] * 65)}, "tensor a has 65 dimensions"),
+    "empty in between": (
+        {"a": item(0, 32), "b": item(5, 5, shape=[0])},
+        "tensor b starts at byte|starts at byte",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_ranges_that_cannot_be(tmp_path: Path, case: str) -> None:
+    header, message = RANGES[case]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of(header))
+    with pytest.raises(InputError, match=message) as caught:
+        read_safetensors(path)
+    assert len(str(caught.value)) < 600 + len(str(path))
+
+
+def test_the_library_s_own_message_is_not_needed_for_a_bad_range(tmp_path: Path) -> None:
+    """Tensors that are out of place are named by us, also where the library would stop first."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of({"a": item(0, 32), "b": item(16, 32, shape=[4])}))
+    with pytest.raises(InputError, match="tensor b"):
+        read_safetensors(path)

@@ -84,10 +84,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             for name, entry in header.items()
             if name != "__metadata__"
         ]
-        with safe_open(path, framework="numpy"):
-            pass
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: not a usable safetensors file ({error})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes, tensor.name))
     position = data_offset
     for tensor in tensors:
@@ -98,6 +96,11 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         position += tensor.nbytes
     if position != size:
         raise InputError(f"{path}: the tensors end at byte {position}, but the file has {size}")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: not a usable safetensors file ({_short(str(error))})") from error
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -112,7 +115,7 @@ def read_sharded(folder: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]
         InputError: an unusable index, a shard name that leaves the folder, a missing shard, a tensor that
             is not in its shard, or an unusable shard.
     """
-    index = folder / INDEX
+    index = member(folder, INDEX)
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise InputError(f"{index}: weight_map is missing or empty")
