@@ -82,6 +82,8 @@ def sweep_row(tensor: str, random: np.random.Generator, **changes: Any) -> dict[
         "same_bytes": norm,
         "rounded_copy": False,
         "expected_nmse": None if norm else 0.005,
+        "outside_count": 0,
+        "cell_count": 0 if norm else 30000,
         "status": "Identical" if norm else "MediumDiff",
     }
     return {**row, **changes}

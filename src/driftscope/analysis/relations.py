@@ -7,7 +7,8 @@ Relations are looked for in this order, and the first that holds is the tensor's
 - ``downcast``: b is, bit for bit, a rounded to b's float format. It comes before ``quantized-from`` because
   it says more: each bit of b follows from a, where a band only bounds the mean error.
 - ``quantized-from``: the measured NMSE over the one that b's format predicts for its step sizes lies in the
-  band.
+  band, and the values of a lie in the cells of b's quants (`driftscope.analysis.outside_cells`): so little
+  may lie outside that b was rounded from these values, and not from values like these.
 - ``equal-under:<transform>``, ``downcast-under:`` and ``quantized-from-under:``: one of the above once a
   transform that nobody declared is undone, see `driftscope.analysis.transform_search`.
 - ``different``; ``non-finite`` where a value of either side is NaN or infinite.
@@ -28,6 +29,14 @@ Row = Mapping[str, Any]
 
 FINE = ("identical", "downcast", "quantized-from")
 """Matches that say that b holds a's values, up to what a format does to them."""
+
+
+_OUTSIDE = 0.01
+"""Part of the sampled values that may lie outside of their cells; llama.cpp's quantizers leave up to 5e-4."""
+
+_OUTSIDE_BY_WEIGHT = 0.04
+_FITTED_LAST = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+"""Formats whose scale is fitted after the quants where an importance matrix is given: 0.022 was seen."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +166,16 @@ def relation_of(row: Row, band: Band) -> Relation:
         return of("identical", same_bytes=row["same_bytes"], bit_identical=row["bit_identical"])
     if row["rounded_copy"]:
         return of("downcast", rounded=f"{row['dtype_a']} to {row['dtype_b']}, half to even")
-    if band.holds(measured, expected):
-        return of("quantized-from")
-    return of("different")
+    if not band.holds(measured, expected):
+        return of("different")
+    outside = row["outside_count"] / row["cell_count"] if row["cell_count"] else 0.0
+    if outside > (_OUTSIDE_BY_WEIGHT if row["dtype_b"] in _FITTED_LAST else _OUTSIDE):
+        reason = (
+            "the error is as large as the format's, but too many values lie outside of the cells that they"
+            " would be rounded to: b was quantized from other values"
+        )
+        return of("different", reason=reason, outside=outside)
+    return of("quantized-from", outside=outside)
 
 
 def _between(row: Row) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from driftscope.analysis.outside_cells import outside_cells
 from driftscope.analysis.pairs import undone
 from driftscope.analysis.rounded_copy import is_float, is_rounded_copy
 from driftscope.analysis.tensor_rows import spans, stored_bytes
@@ -76,6 +77,7 @@ def compare_tensor(
     any_compared = found.compared_count > 0
     r, c = divmod(found.max_index, a.shape[-1])
     non_finite = found.element_count - found.compared_count
+    outside, in_sample = (0, 0) if found.bit_identical else outside_cells(a, b)
     bit_identical = found.bit_identical and _equal_beyond_f32(a, b)
     return {
         **row,
@@ -106,6 +108,8 @@ def compare_tensor(
         "same_bytes": bit_identical and _same_bytes(a, b),
         "rounded_copy": not bit_identical and _is_rounded(a, b, found),
         "expected_nmse": found.expected_nmse,
+        "outside_count": outside,
+        "cell_count": in_sample,
         "status": published_status(found.max_diff, found.compared_count, non_finite),
     }
 
@@ -141,6 +145,7 @@ _NOTHING_COMPARED: dict[str, Any] = {
     **dict.fromkeys(("nan_a", "nan_b", "inf_a", "inf_b"), 0),
     **dict.fromkeys(("bit_identical", "same_bytes", "rounded_copy"), False),
     "expected_nmse": None,
+    **dict.fromkeys(("outside_count", "cell_count"), 0),
 }
 
 

@@ -78,6 +78,8 @@ SWEEP = {
     "same_bytes": (pl.Boolean, {}),
     "rounded_copy": (pl.Boolean, {}),
     "expected_nmse": _NOT_NEGATIVE_OR_NULL,
+    "outside_count": _COUNT,
+    "cell_count": _COUNT,
     "status": _text(),
 }
 
