@@ -15,9 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 import safetensors.numpy
-import safetensors.torch
 import tokenizers
-import torch
 
 from driftscope.artifacts.names import ROPE_FREQS
 from driftscope.artifacts.open import open_artifact
@@ -103,8 +101,15 @@ def shapes(architecture: str = "llama") -> dict[str, tuple[int, ...]]:
     }
     if architecture == "qwen2":
         found |= {f"blk.0.attn_{site}.bias": found[f"blk.0.attn_{site}.weight"][:1] for site in "qkv"}
-    if architecture == "qwen3":
+    if architecture in ("qwen3", "gemma3"):
         found |= {f"blk.0.attn_{site}_norm.weight": (HEAD_DIM,) for site in "qk"}
+    if architecture == "gemma3":
+        found |= {f"blk.0.post_{site}_norm.weight": (HIDDEN,) for site in ("attention", "ffw")}
+    if architecture == "phi3":
+        rows = [found.pop(f"blk.0.attn_{site}.weight")[0] for site in "qkv"]
+        found |= {"blk.0.attn_qkv.weight": (sum(rows), HIDDEN), "blk.0.ffn_up.weight": (2 * INNER, HIDDEN)}
+        found |= {"output.weight": found["token_embd.weight"]}
+        del found["blk.0.ffn_gate.weight"]
     return found
 
 
@@ -192,10 +197,13 @@ def gguf_files(
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
+_IN_GGUF = {"mistral": "llama", "gemma3_text": "gemma3"}
+
+
 def hf_files(architecture: str = "llama", **options: Any) -> dict[str, bytes]:
     """File name to bytes of a model folder with one safetensors file, made from the GGUF model."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in gguf_files("llama" if architecture == "mistral" else architecture).items():
+        for name, data in gguf_files(_IN_GGUF.get(architecture, architecture)).items():
             (Path(folder) / name).write_bytes(data)
         artifact = open_artifact(Path(folder) / "m.gguf")
         tensors = {
@@ -230,20 +238,30 @@ def hf_files(architecture: str = "llama", **options: Any) -> dict[str, bytes]:
 def eight_bit_files(block: int = 0) -> dict[str, bytes]:
     """A model folder whose matrices are F8_E4M3, with a scale for each tensor, or for each block."""
     files = hf_files()
-    tensors = safetensors.torch.load(files["model.safetensors"])
-    for name, values in list(tensors.items()):
-        if values.ndim == 2 and "embed" not in name:
-            tensors[name] = values.to(torch.float8_e4m3fn)
-            shape = (1,) if not block else tuple(-(-size // block) for size in values.shape)
-            tensors[name + ("_scale_inv" if block else "_scale")] = torch.full(shape, 0.5)
-    method = (
-        {"quant_method": "fp8", "weight_block_size": [block, block]}
-        if block
-        else {"quant_method": "fbgemm_fp8"}
-    )
+    header: dict[str, Any] = {}
+    data = b""
+
+    def add(name: str, dtype: str, shape: tuple[int, ...], stored: bytes) -> None:
+        nonlocal data
+        place_ = [len(data), len(data) + len(stored)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": place_}
+        data += stored
+
+    for name, values in safetensors.numpy.load(files["model.safetensors"]).items():
+        if values.ndim == 1 or "embed" in name:
+            add(name, "F32", values.shape, values.tobytes())
+            continue
+        add(name, "F8_E4M3", values.shape, ((values.view(np.uint32) >> 8).astype(np.uint8) & 0x77).tobytes())
+        grid = tuple(-(-size // block) for size in values.shape) if block else (1,)
+        scales = np.full(grid, 0.5, np.float32).tobytes()
+        add(name + ("_scale_inv" if block else "_scale"), "F32", grid, scales)
+    method: dict[str, Any] = {"quant_method": "fp8"}
+    if block:
+        method["weight_block_size"] = [block, block]
+    text = json.dumps(header).encode()
     config = json.loads(files["config.json"]) | {"quantization_config": method}
     return files | {
-        "model.safetensors": safetensors.torch.save(tensors, {"format": "pt"}),
+        "model.safetensors": len(text).to_bytes(8, "little") + text + data,
         "config.json": json.dumps(config).encode(),
     }
 
@@ -436,6 +454,8 @@ def _gguf_seeds() -> list[Case]:
         {"m.gguf": gguf_files("qwen2")["m.gguf"]},
         {"m.gguf": gguf_files("qwen3", quantized=True)["m.gguf"]},
         {"m.gguf": gguf_files(sentencepiece=True)["m.gguf"]},
+        {"m.gguf": gguf_files("gemma3", sentencepiece=True)["m.gguf"]},
+        {"m.gguf": gguf_files("phi3", quantized=True)["m.gguf"]},
         gguf_files("qwen2", parts=3),
     ]
 
@@ -456,6 +476,8 @@ def _folder_seeds() -> list[Case]:
         hf_files("mistral", sliding_window=16),
         eight_bit_files(),
         eight_bit_files(16),
+        hf_files("gemma3_text", sliding_window=16, layer_types=["sliding_attention"], head_dim=HEAD_DIM),
+        hf_files("phi3", pad_token_id=0, tie_word_embeddings=False),
     ]
 
 

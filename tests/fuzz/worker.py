@@ -20,11 +20,13 @@ from random import Random
 from typing import Any
 
 from driftscope.artifacts.complete import check_complete
+from driftscope.artifacts.folder_vocabulary import vocabulary_from_folder
 from driftscope.artifacts.gguf import Strings
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
+from driftscope.artifacts.stop_tokens import stop_tokens
 from driftscope.artifacts.tensor import TensorRef
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizer import load_tokenizer, model_folder
 from driftscope.errors import InputError
 from driftscope.kernels.dequantize import dequantize
 from tests.fuzz.lines import Lines
@@ -64,9 +66,12 @@ def read_all(path: Path) -> tuple[str, list[str]]:
         return "refused", refusals
     assert isinstance(artifact, Artifact)
     attempt(lambda: check_complete(artifact))
+    if artifact.container == "safetensors":
+        attempt(lambda: vocabulary_from_folder(model_folder(artifact), artifact.config.vocab_size))
     tokenizer = attempt(lambda: load_tokenizer(artifact))
     if tokenizer is not None:
         tokenizer.decode(tokenizer.encode("abc <tool>", add_special=True))
+        attempt(lambda: stop_tokens(artifact, tokenizer))
     for value in artifact.metadata.values():
         attempt(lambda value=value: list(value) if isinstance(value, Strings) else None)
     for ref in list(artifact.tensors.values())[:4] + list(artifact.tensors.values())[-4:]:

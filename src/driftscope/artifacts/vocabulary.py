@@ -258,7 +258,7 @@ def _types(metadata: Mapping[str, Any], count: int, where: str) -> tuple[int, ..
         return (NORMAL,) * count
     try:
         types = tuple(int(value) for value in values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: tokenizer.ggml.token_type is not a list of integers") from error
     return types
 
@@ -266,8 +266,8 @@ def _types(metadata: Mapping[str, Any], count: int, where: str) -> tuple[int, ..
 def _integer(value: Any, key: str, where: str) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {key} is {value!r}; expected an integer") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{where}: {key} is {repr(value)[:120]}; expected an integer") from error
 
 
 def _scores(metadata: Mapping[str, Any], count: int, where: str) -> tuple[float, ...]:
