@@ -138,3 +138,9 @@ def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
     artifact = _artifact(tmp_path / "model.gguf")
     with pytest.raises(InputError, match=r"`p` is a chat, but .* has no chat template"):
         _one(artifact, chat=[{"role": "user", "content": "Hi"}])
+
+
+def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    artifact = _artifact(tmp_path / "model.gguf", chat_template="{{ raise_exception('no system role') }}")
+    with pytest.raises(InputError, match="prompt `p`: chat template: TemplateError: no system role"):
+        _one(artifact, chat=[{"role": "system", "content": "Be brief."}])

@@ -37,6 +37,7 @@ def render_chat(
     bos_token: str | None = None,
     eos_token: str | None = None,
     variables: Mapping[str, Any] | None = None,
+    fold_system: bool = False,
 ) -> str:
     """Render a conversation as transformers' ``apply_chat_template`` does.
 
@@ -49,19 +50,47 @@ def render_chat(
         bos_token: text of the token that begins a sequence; not defined in the template if None.
         eos_token: text of the token that ends one; likewise.
         variables: further names that the template may use (``tools``, ``enable_thinking`` ...).
+        fold_system: where the template refuses a conversation that begins with a system message, as
+            Gemma's do, put that message in front of the first of the user's.
 
     Raises:
         InputError: the template or a message is not valid, the template refuses the conversation, or it
             takes more time, memory or output than a prompt can need.
     """
-    return render_chats(
-        template,
-        [messages],
-        add_generation_prompt=add_generation_prompt,
-        bos_token=bos_token,
-        eos_token=eos_token,
-        variables=variables,
-    )[0]
+
+    def render(conversation: Sequence[Mapping[str, Any]]) -> str:
+        return render_chats(
+            template,
+            [conversation],
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            variables=variables,
+        )[0]
+
+    try:
+        return render(messages)
+    except InputError as refusal:
+        folded = _folded(messages) if fold_system else None
+        if folded is None:
+            raise
+        try:
+            return render(folded)
+        except InputError:
+            raise refusal from None
+
+
+def _folded(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:
+    """The conversation with its system message in the user's first one, or None where that cannot be."""
+    if len(messages) < 2:
+        return None
+    system, user = messages[:2]
+    parts = (system.get("content"), user.get("content"))
+    if (system.get("role"), user.get("role")) != ("system", "user") or not all(
+        isinstance(part, str) for part in parts
+    ):
+        return None
+    return [{**user, "content": f"{parts[0]}\n\n{parts[1]}"}, *messages[2:]]
 
 
 def render_chats(

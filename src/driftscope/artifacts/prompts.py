@@ -87,12 +87,15 @@ def _text(spec: Mapping[str, Any], kind: str, tokenizer: Tokenizer, artifact: Ar
         return _read(folder / str(spec["file"]))
     if tokenizer.chat_template is None:
         raise InputError(f"prompt `{spec['id']}` is a chat, but {artifact.path} has no chat template")
-    return render_chat(
-        tokenizer.chat_template,
-        spec["chat"],
-        bos_token=tokenizer.special.get("bos_token"),
-        eos_token=tokenizer.special.get("eos_token"),
-    )
+    try:
+        return render_chat(
+            tokenizer.chat_template,
+            spec["chat"],
+            bos_token=tokenizer.special.get("bos_token"),
+            eos_token=tokenizer.special.get("eos_token"),
+        )
+    except InputError as error:
+        raise InputError(f"prompt `{spec['id']}`: {error}") from error
 
 
 def _read(path: Path) -> str:
