@@ -21,7 +21,7 @@ from driftscope.kernels.unpack import UnpackedRows, check_raw
 
 F64 = NDArray[np.float64]
 
-SAMPLED_VALUES = 1 << 14
+SAMPLED_VALUES = 1 << 13
 """Values of a tensor that are looked at, about."""
 
 # Some quantizers round the scales after the quants were chosen: their cells are wider by so much.
@@ -42,7 +42,7 @@ def outside_cells(a: TensorRef, b: TensorRef) -> tuple[int, int]:
     layout = format_of(b.dtype)
     if cell_kind(layout) not in (EVEN, LEVELS) or a.shape != b.shape or not a.n_elements:
         return 0, 0
-    rows = sampled_rows(a.n_rows, max(1, SAMPLED_VALUES // a.shape[-1]))
+    rows = sampled_rows(a.n_rows, max(2, SAMPLED_VALUES // a.shape[-1]))
     order = b.row_order()
     raw, columns = check_raw(b.raw()[rows if order is None else order[rows]], b.dtype)
     unpacked = UnpackedRows.empty(layout, len(rows), columns)
