@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.helpers.tiny_models import save_tiny_model
-from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from driftscope.artifacts.config import config_from_hf
 from driftscope.artifacts.model import ModelConfig
@@ -33,6 +44,14 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+
+
+GEMMA = {"model_type": "gemma3_text", "head_dim": 16}
+LONGROPE: dict[str, Any] = {
+    "model_type": "phi3",
+    "original_max_position_embeddings": 32,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
 }
 
 
@@ -104,6 +123,124 @@ def test_sliding_window_of_qwen2(changes: dict[str, Any], expected: int | None) 
     assert ("sliding_attention" in layer_types) == (expected is not None)
 
 
+def test_windows_of_some_layers() -> None:
+    some = read(**WINDOW, max_window_layers=1)
+    assert (some.sliding_window, some.sliding_layers) == (8, (1,))
+    assert [some.window_of(layer) for layer in range(2)] == [None, 8]
+    none = read(**WINDOW, layer_types=["full_attention"] * 2)
+    assert (none.sliding_window, none.sliding_layers) == (None, None)
+    assert read(model_type="phi3", sliding_window=8).sliding_window == 8
+    assert read(model_type="phi3", sliding_window=None).sliding_window is None
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 6, 7, 13])
+@pytest.mark.parametrize(
+    ("configuration", "options"),
+    [
+        (Gemma2Config, {}),
+        (Gemma3TextConfig, {}),
+        (Gemma3TextConfig, {"sliding_window_pattern": 2}),
+        (Gemma3TextConfig, {"sliding_window_pattern": 1}),
+    ],
+)
+def test_windows_of_gemma(configuration: Any, options: dict[str, int], layers: int) -> None:
+    """The pattern that transformers lays out by layer where a file only implies it."""
+    theirs = configuration(num_hidden_layers=layers, **options).layer_types
+    ours = read(model_type=configuration.model_type, num_hidden_layers=layers, sliding_window=9, **options)
+    windows = [ours.window_of(layer) for layer in range(layers)]
+    assert windows == [9 if kind == "sliding_attention" else None for kind in theirs]
+    named = read(
+        model_type=configuration.model_type, num_hidden_layers=layers, sliding_window=9, layer_types=theirs
+    )
+    assert replace(named, local_rope_theta=ours.local_rope_theta) == ours
+
+
+@pytest.mark.parametrize("configuration", [Gemma2Config, Gemma3TextConfig, Phi3Config])
+def test_switches_of_the_configurations_of_transformers(tmp_path: Path, configuration: Any) -> None:
+    """What a file says, and what it leaves to transformers' own values."""
+    sizes = {key: value for key, value in MINIMAL.items() if key != "model_type"}
+    for case, options in enumerate(({}, {"head_dim": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-4})):
+        configuration(**(sizes | options)).save_pretrained(tmp_path / str(case))
+        full = json.loads((tmp_path / str(case) / "config.json").read_text())
+        for document in (full, {**sizes, **options, "model_type": configuration.model_type}):
+            (tmp_path / "config.json").write_text(json.dumps(document))
+            theirs = AutoConfig.from_pretrained(tmp_path)
+            ours = config_from_hf(document, "config.json")
+            head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+            assert (ours.head_dim, ours.num_kv_heads) == (head_dim, theirs.num_key_value_heads)
+            assert (ours.rms_norm_eps, ours.tie_word_embeddings) == (
+                theirs.rms_norm_eps,
+                theirs.tie_word_embeddings,
+            )
+            assert ours.sliding_window == theirs.sliding_window
+            if configuration is Phi3Config:
+                assert (ours.activation, ours.norm_offset, ours.post_norms) == ("silu", 0.0, False)
+                assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+                continue
+            assert (ours.activation, ours.norm_offset, ours.post_norms) == ("gelu_tanh", 1.0, True)
+            assert ours.embedding_scale == theirs.hidden_size**0.5
+            assert (ours.attention_scale or ours.head_dim**-0.5) == theirs.query_pre_attn_scalar**-0.5
+            assert ours.attention_softcap == theirs.attn_logit_softcapping
+            assert ours.logit_softcap == theirs.final_logit_softcapping
+            rope = theirs.rope_parameters
+            assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+            if configuration is Gemma3TextConfig:
+                assert ours.local_rope_theta == rope["sliding_attention"]["rope_theta"]
+            assert ours.qk_norm is (configuration is Gemma3TextConfig)
+
+
+def test_rope_of_gemma3_by_old_and_new_keys() -> None:
+    old = read(
+        **GEMMA,
+        sliding_window_pattern=2,
+        rope_theta=3e6,
+        rope_local_base_freq=2e4,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 3e6}
+    sliding = {"rope_type": "default", "rope_theta": 2e4}
+    kinds = {"full_attention": full, "sliding_attention": sliding}
+    assert old == read(**GEMMA, sliding_window_pattern=2, rope_parameters=kinds)
+    assert (old.rope_theta, old.local_rope_theta) == (3e6, 2e4)
+    assert old.rope_scaling == {"rope_type": "linear", "factor": 8.0}
+    assert read(**GEMMA, layer_types=["full_attention"] * 2).local_rope_theta is None
+    assert read(**GEMMA, query_pre_attn_scalar=16).attention_scale is None
+
+
+def test_longrope_as_transformers_reads_it(tmp_path: Path) -> None:
+    ours = read(**LONGROPE)
+    assert ours == read(**{**LONGROPE, "rope_scaling": {**LONGROPE["rope_scaling"], "type": "su"}})
+    (tmp_path / "config.json").write_text(json.dumps({**MINIMAL, **LONGROPE, "pad_token_id": 0}))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_type"] == "longrope"
+    frequencies, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu")
+    assert ours.rope_scaling is not None
+    assert ours.rope_scaling["attention_factor"] == pytest.approx(factor, rel=1e-7)
+    assert ours.rope_scaling["original_max_position_embeddings"] == 32
+    assert len(frequencies) == len(ours.rope_scaling["short_factor"])
+    assert ours.rotary_dim is None
+    part = {**LONGROPE["rope_scaling"], "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    assert read(**{**LONGROPE, "rope_scaling": part}, partial_rotary_factor=0.75).rotary_dim == 12
+    given = {**LONGROPE["rope_scaling"], "attention_factor": 1.5}
+    scaling = read(**{**LONGROPE, "rope_scaling": given}).rope_scaling
+    assert scaling is not None
+    assert scaling["attention_factor"] == 1.5
+
+
+def test_the_text_part_of_a_model_that_sees_images() -> None:
+    """The published files leave most of it to transformers."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    scaling = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    document = {"model_type": "gemma3", "text_config": {**text, **scaling, "model_type": "gemma3_text"}}
+    ours = config_from_hf(document, "config.json")
+    theirs = Gemma3TextConfig(**text, **scaling)
+    assert ours.architecture == "gemma3_text"
+    assert (ours.num_heads, ours.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert (ours.vocab_size, ours.head_dim) == (theirs.vocab_size, theirs.head_dim)
+    assert ours.context_length == theirs.max_position_embeddings
+    assert ours.tie_word_embeddings
+
+
 def test_sliding_window_of_mistral() -> None:
     assert read(model_type="mistral").sliding_window == 4096
     assert read(model_type="mistral", sliding_window=None).sliding_window is None
@@ -152,6 +289,39 @@ def test_sliding_window_of_mistral() -> None:
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
         ({**WINDOW, "max_window_layers": -1}, "max_window_layers is -1"),
         ({**WINDOW, "layer_types": []}, "layer_types is not a list of 2 names"),
+        ({**WINDOW, "layer_types": ["chunked_attention"] * 2}, "layer_types has 'chunked_attention', which"),
+        ({**GEMMA, "sliding_window": None}, "sliding_window is missing"),
+        ({**GEMMA, "hidden_activation": "gelu"}, "hidden_activation is 'gelu', which is not supported"),
+        ({**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which is not supported"),
+        ({**GEMMA, "final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0; expected a positive"),
+        ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({**GEMMA, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0.0"),
+        ({**GEMMA, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({**GEMMA, "rope_parameters": {"rope_theta": 1.0}}, "expected one object for full_attention and one"),
+        (
+            {**GEMMA, "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "a RoPE scaling of the layers with a sliding window is not supported",
+        ),
+        ({"model_type": "gemma3"}, "text_config is None; expected an object in gemma3"),
+        ({**LONGROPE, "partial_rotary_factor": 0.5}, "short_factor of the RoPE scaling has 8 numbers; expec"),
+        ({**LONGROPE, "partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; expected at most 1"),
+        ({**LONGROPE, "original_max_position_embeddings": 1}, "original_max_position_embeddings is 1; expec"),
+        (
+            {**LONGROPE, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8}},
+            "RoPE scaling 'longrope' lacks long_factor",
+        ),
+        (
+            {**LONGROPE, "rope_scaling": {**LONGROPE["rope_scaling"], "long_factor": [0.0] * 8}},
+            "long_factor[0] is 0.0; expected a positive number",
+        ),
+        (
+            {**LONGROPE, "rope_scaling": {**LONGROPE["rope_scaling"], "long_factor": 3.0}},
+            "long_factor of the RoPE scaling is 3.0; expected a list of numbers",
+        ),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "RoPE scaling 'linear' is not supported in phi3; expected longrope",
+        ),
     ],
 )
 def test_values_that_make_no_sense(changes: dict[str, Any], message: str) -> None:

@@ -12,9 +12,12 @@ from driftscope.artifacts.names import (
     ROPE_FREQS,
     canonical_order,
     from_gguf,
+    gguf_layout,
     gguf_parts,
+    hf_layout,
     hf_parts,
     is_canonical,
+    is_of_images,
     layer_of,
     to_gguf,
 )
@@ -132,3 +135,41 @@ def test_names_that_are_not_canonical(name: str) -> None:
 )
 def test_gguf_names_without_a_canonical_one(name: str) -> None:
     assert from_gguf(name, "llama") is None
+
+
+def test_tensors_of_phi3_are_written_as_its_own_files_hold_them() -> None:
+    names = list(expected_shapes(config_of("phi3")))
+    in_gguf, in_hf = gguf_layout(names, "phi3"), hf_layout(names, "phi3")
+    qkv = tuple(f"model.layers.3.self_attn.{site}_proj.weight" for site in "qkv")
+    gate_up = ("model.layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.up_proj.weight")
+    assert in_gguf["blk.3.attn_qkv.weight"] == in_hf["model.layers.3.self_attn.qkv_proj.weight"] == qkv
+    assert in_gguf["blk.3.ffn_up.weight"] == in_hf["model.layers.3.mlp.gate_up_proj.weight"] == gate_up
+    assert [name for parts in in_gguf.values() for name in parts] == names
+    assert [name for parts in in_hf.values() for name in parts] == names
+
+
+@pytest.mark.parametrize("architecture", [a for a in GGUF_ARCHITECTURES if a != "phi3"])
+def test_tensors_of_the_others_stand_alone(architecture: str) -> None:
+    names = list(expected_shapes(config_of(architecture)))
+    stored = GGUF_ARCHITECTURES[architecture]
+    assert gguf_layout(names, stored) == {to_gguf(name, stored): (name,) for name in names}
+    assert hf_layout(names, architecture) == {name: (name,) for name in names}
+
+
+def test_a_tensor_that_gguf_has_no_name_for_is_named() -> None:
+    with pytest.raises(KeyError, match=r"pre_feedforward_layernorm"):
+        gguf_layout(["model.layers.0.pre_feedforward_layernorm.weight"], "llama")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.encoder.layers.0.mlp.fc1.bias",
+        "model.multi_modal_projector.mm_input_projection_weight",
+        "model.vision_tower.post_layernorm.weight",
+    ],
+)
+def test_names_of_the_part_that_sees_images(name: str) -> None:
+    assert is_of_images(name)
+    assert hf_parts(name) == ()
+    assert not is_of_images("model.norm.weight")

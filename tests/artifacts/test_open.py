@@ -6,9 +6,20 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
-from tests.helpers.tiny_gguf import tiny_tensors, write_gguf
+import safetensors.torch
+import torch
+from tests.helpers.tiny_gguf import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    tiny_tensors,
+    write_gguf,
+)
 from tests.helpers.tiny_models import ARCHITECTURES, canonical_state, save_tiny_model
 
 from driftscope.artifacts.complete import check_complete
@@ -120,3 +131,87 @@ def test_layer_that_the_configuration_does_not_have(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(InputError, match=r"model\.layers\.2\.input_layernorm\.weight is missing, and 8 more"):
         check_complete(open_artifact(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_parts_of_fused_tensors_are_their_rows(tmp_path: Path, architecture: str) -> None:
+    tensors = tiny_tensors(architecture, fused=True)
+    artifact = open_artifact(write_gguf(tmp_path / "m.gguf", architecture, tensors))
+    check_complete(artifact)
+    fused = tensors["blk.1.attn_qkv.weight"]
+    ends = np.cumsum([0, HIDDEN, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM])
+    for site, first, end in zip("qkv", ends[:-1], ends[1:], strict=True):
+        tensor = artifact.tensors[f"model.layers.1.self_attn.{site}_proj.weight"]
+        assert tensor.stored_name == "blk.1.attn_qkv.weight"
+        assert tensor.stored_rows == (first, end)
+        assert np.array_equal(tensor.raw().view("<f4"), fused[first:end])
+        heads = {"q": HEADS, "k": KV_HEADS}.get(site, 0) if architecture == "llama" else 0
+        assert tensor.rope_heads == heads
+    if architecture == "qwen2":
+        bias = artifact.tensors["model.layers.0.self_attn.k_proj.bias"]
+        found = bias.raw().view("<f4").reshape(-1)
+        assert np.array_equal(found, tensors["blk.0.attn_qkv.bias"][ends[1] : ends[2]])
+    if architecture == "phi3":
+        up = artifact.tensors["model.layers.0.mlp.up_proj.weight"]
+        assert np.array_equal(up.raw().view("<f4"), tensors["blk.0.ffn_up.weight"][INNER:])
+
+
+def test_parts_of_a_fused_tensor_of_blocks(tmp_path: Path) -> None:
+    tensors = tiny_tensors("qwen3", fused=True)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    path = write_gguf(tmp_path / "m.gguf", "qwen3", tensors, formats={"blk.0.attn_qkv.weight": kind})
+    value = open_artifact(path).tensors["model.layers.0.self_attn.v_proj.weight"]
+    whole = gguf.quants.quantize(tensors["blk.0.attn_qkv.weight"], kind)
+    assert np.array_equal(value.raw(), whole[HIDDEN + KV_HEADS * HEAD_DIM :])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"blk.0.attn_qkv.weight": np.ones((100, HIDDEN), np.float32)},
+            r"attn_qkv\.weight has 100 rows; expected 128 \(64 \+ 32 \+ 32\)",
+        ),
+        (
+            {"blk.0.attn_qkv.weight": np.ones(128, np.float32)},
+            r"attn_qkv\.weight is F32 128, which cannot be cut into 64 \+ 32 \+ 32",
+        ),
+        (
+            {"blk.0.attn_q.weight": np.ones((HIDDEN, HIDDEN), np.float32)},
+            r"both blk\.0\.attn_qkv\.weight and blk\.0\.attn_q\.weight hold model\.layers\.0\.self_attn\.q",
+        ),
+    ],
+)
+def test_fused_tensors_that_are_not_their_parts(
+    tmp_path: Path, changes: dict[str, np.ndarray], message: str
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "qwen3", tiny_tensors("qwen3", fused=True) | changes)
+    with pytest.raises(InputError, match=message):
+        open_artifact(path)
+
+
+def test_a_fused_bias_that_the_architecture_does_not_have(tmp_path: Path) -> None:
+    bias = {"blk.0.attn_qkv.bias": np.ones(128, np.float32)}
+    artifact = open_artifact(write_gguf(tmp_path / "m.gguf", "phi3", tiny_tensors("phi3") | bias))
+    assert artifact.unmapped == ("blk.0.attn_qkv.bias",)
+    with pytest.raises(InputError, match=r"attn_qkv\.bias is a bias that phi3 does not have"):
+        check_complete(artifact)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_one_that_sees_images(tmp_path: Path, prefix: str) -> None:
+    model = save_tiny_model(tmp_path / "text", "gemma3_text")
+    document = json.loads((tmp_path / "text" / "config.json").read_text())
+    folder = tmp_path / "both"
+    folder.mkdir()
+    state = {name.replace("model.", prefix, 1): x for name, x in canonical_state(model).items()}
+    vision = {"vision_tower.encoder.layers.0.mlp.fc1.bias": torch.ones(3)}
+    safetensors.torch.save_file(state | vision, folder / "model.safetensors")
+    outer = {"model_type": "gemma3", "text_config": document, "vision_config": {"hidden_size": 3}}
+    (folder / "config.json").write_text(json.dumps(outer))
+    artifact, text = open_artifact(folder), open_artifact(tmp_path / "text")
+    check_complete(artifact)
+    assert artifact.config == text.config
+    assert artifact.tensors.keys() == text.tensors.keys()
+    assert artifact.unmapped == tuple(vision)
+    assert all(name.startswith(prefix) for name in (ref.stored_name for ref in artifact.tensors.values()))

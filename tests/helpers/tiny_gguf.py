@@ -13,8 +13,17 @@ HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCAB, CONTEXT = 64, 96, 2, 4, 2, 50, 12
 HEAD_DIM = HIDDEN // HEADS
 
 
-def tiny_tensors(architecture: str, *, tied: bool = False, seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """GGUF name to values of a whole model."""
+def tiny_tensors(
+    architecture: str, *, tied: bool = False, fused: bool = False, seed: int = 0
+) -> dict[str, NDArray[np.float32]]:
+    """GGUF name to values of a whole model.
+
+    Args:
+        architecture: GGUF's name.
+        tied: whether there is no head.
+        fused: whether q, k and v are one matrix, as they always are in phi3.
+        seed: of the values.
+    """
     random = np.random.Generator(np.random.Philox(seed))
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN)}
     kv_rows = KV_HEADS * HEAD_DIM
@@ -32,8 +41,19 @@ def tiny_tensors(architecture: str, *, tied: bool = False, seed: int = 0) -> dic
         }
         if architecture == "qwen2":
             block |= {"attn_q.bias": (HIDDEN,), "attn_k.bias": (kv_rows,), "attn_v.bias": (kv_rows,)}
-        if architecture == "qwen3":
+        if architecture in ("qwen3", "gemma3"):
             block |= {"attn_q_norm.weight": (HEAD_DIM,), "attn_k_norm.weight": (HEAD_DIM,)}
+        if architecture.startswith("gemma"):
+            block |= {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}
+        if architecture == "phi3":
+            del block["ffn_gate.weight"]
+            block["ffn_up.weight"] = (2 * INNER, HIDDEN)
+        if fused or architecture == "phi3":
+            for kind in ("weight", "bias"):
+                parts = [block.pop(f"attn_{site}.{kind}", None) for site in "qkv"]
+                if parts[0] is not None:
+                    rows = sum(part[0] for part in parts if part is not None)
+                    block[f"attn_qkv.{kind}"] = (rows, *parts[0][1:])
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
     shapes["output_norm.weight"] = (HIDDEN,)
     if not tied:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,9 +189,13 @@ def _longrope(
 
 
 def _positive_list(document: Mapping[str, Any], key: str, where: str) -> list[float]:
+    """Positive numbers, in f32 as transformers computes with them and as GGUF stores them."""
     values = document[key]
     if not isinstance(values, list | tuple) or not values:
         raise InputError(f"{where}: {key} of the RoPE scaling is {short(values)}; expected a list of numbers")
-    return [
-        positive({f"{key}[{index}]": value}, f"{key}[{index}]", where) for index, value in enumerate(values)
-    ]
+    numbers = [positive({name: value}, name, where) for name, value in _named(key, values)]
+    return [shortest(float(np.float32(value))) for value in numbers]
+
+
+def _named(key: str, values: Sequence[Any]) -> list[tuple[str, Any]]:
+    return [(f"{key}[{index}]", value) for index, value in enumerate(values)]

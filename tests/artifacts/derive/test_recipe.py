@@ -41,6 +41,16 @@ def _shapes(name: str, architecture: str, *, tied: bool) -> dict[str, tuple[int,
             "ffn_up.weight": (inner, hidden),
             "ffn_down.weight": (hidden, inner),
         }
+        if architecture.startswith("gemma"):
+            block |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+        if architecture == "phi3":
+            del (
+                block["attn_q.weight"],
+                block["attn_k.weight"],
+                block["attn_v.weight"],
+                block["ffn_gate.weight"],
+            )
+            block |= {"attn_qkv.weight": (hidden + 2 * kv_rows, hidden), "ffn_up.weight": (2 * inner, hidden)}
         if architecture == "qwen2":
             block |= {"attn_q.bias": (hidden,), "attn_k.bias": (kv_rows,), "attn_v.bias": (kv_rows,)}
         shapes |= {f"blk.{layer}.{key}": shape for key, shape in block.items()}
@@ -82,6 +92,9 @@ CASES = [
     *((scheme, "falls back", "qwen2", False) for scheme in SCHEMES),
     *((scheme, "mixed", "llama", True) for scheme in SCHEMES),
     *((scheme, "fits no block", "llama", False) for scheme in SCHEMES),
+    *((scheme, "fits", "gemma2", True) for scheme in SCHEMES),
+    *((scheme, "fits", "phi3", False) for scheme in SCHEMES),
+    *((scheme, "mixed", "phi3", True) for scheme in SCHEMES),
     # A rule of its own for the values of 80 layers, in the mixtures of K formats.
     ("Q4_K_M", "70B depth", "llama", False),
     ("Q4_K_M", "70B depth", "qwen2", True),

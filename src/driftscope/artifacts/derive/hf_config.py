@@ -126,6 +126,6 @@ def _switches(model: ModelConfig) -> dict[str, Any]:
         switches["attention_bias"] = model.attention_bias
     if model.architecture in ("qwen2", "qwen3"):
         switches |= {"use_sliding_window": model.sliding_window is not None, **window}
-        if model.sliding_layers is not None:
+        if model.sliding_window is not None:
             switches |= layer_types
     return switches

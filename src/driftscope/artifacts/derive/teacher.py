@@ -30,8 +30,8 @@ def write_teacher(
     Quantized tensors are dequantized in f32, q/k rows are put back into Hugging Face's order, and what GGUF
     adds to norms is taken off, so that with `dtype` ``F32`` every value is exactly what the source stands
     for; of a norm that GGUF stores plus one, that is the sum (`rows.shifted`). Of a model of text and
-    images, the text model is copied. Memory stays at a few slabs of rows. The folder appears whole or not at all, and its bytes depend on
-    the source alone.
+    images, the text model is copied. Memory stays at a few slabs of rows. The folder appears whole or not
+    at all, and its bytes depend on the source alone.
 
     Args:
         source: the model to copy.
