@@ -217,12 +217,13 @@ class Config(_Section):
         """Return the source text of each model that is fetched."""
         return {model: spec.source for model, spec in self.models.items() if spec.source is not None}
 
-    def holds_gguf(self, model: str) -> bool:
-        """Whether a model is one GGUF file, as far as its configuration says."""
+    def container(self, model: str) -> str:
+        """``gguf``, ``apr`` or ``safetensors``: a model's container, as far as its configuration says."""
         spec = self.models[model]
         if spec.source is not None:
-            return spec.source.lower().endswith(".gguf")
-        return spec.derive == "candidate"
+            suffix = spec.source.lower().rpartition(".")[2]
+            return suffix if suffix in ("gguf", "apr") else "safetensors"
+        return "gguf" if spec.derive == "candidate" else "safetensors"
 
     @property
     def folder(self) -> Path:

@@ -57,6 +57,18 @@ def test_an_engine_that_cannot_read_the_model_is_named() -> None:
     assert absent["reason"] == "llama.cpp reads a GGUF file, and the candidate `candidate` is none"
 
 
+@pytest.mark.parametrize(
+    ("role", "engine", "wanted"),
+    [("candidate", "llama.cpp", "a GGUF file"), ("teacher", "transformers", "a safetensors folder")],
+)
+def test_no_other_engine_reads_an_apr_file(role: str, engine: str, wanted: str) -> None:
+    models = {**CONFIG["models"], role: {"source": "file:model.apr"}}
+    case = case_of(models=models, trace=traced(engine))
+    assert case.engines == {}
+    (absent,) = case.engines_not_run
+    assert absent["reason"] == f"{engine} reads {wanted}, and the {role} `{role}` is none"
+
+
 def test_a_missing_module_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {engine: available.missing_module(engine) for engine in available.EXTRAS} == {
         "llama.cpp": "",

@@ -97,7 +97,8 @@ def stored_dtype(tensor: Any) -> str:
 def tokenizer_facts(artifact: Artifact) -> TokenizerFacts:
     """What a model says of its tokenizer; what cannot be read is said in `problem`."""
     try:
-        if artifact.container == "gguf":
+        # The reader of .apr files gives a tokenizer's keys GGUF's names.
+        if artifact.container in ("gguf", "apr"):
             return _of_gguf(artifact.metadata)
         folder = artifact.path if artifact.path.is_dir() else artifact.path.parent
         if artifact.container == "safetensors":

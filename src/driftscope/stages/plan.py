@@ -83,7 +83,7 @@ class CasePlan:
         role = ENGINE_PATHS[engine].partition(".")[0]
         model = self.config.pair.model_dump()[role]
         wanted = {"llama.cpp": "a GGUF file", "transformers": "a safetensors folder"}[engine]
-        if self.config.holds_gguf(model) != (engine == "llama.cpp"):
+        if self.config.container(model) != {"llama.cpp": "gguf", "transformers": "safetensors"}[engine]:
             return {"reason": f"{engine} reads {wanted}, and the {role} `{model}` is none", "install": ""}
         if module := missing_module(engine):
             reason = f"{engine} is not installed (no module {module})"
