@@ -106,6 +106,7 @@ def _complete(artifact: Artifact, path: str, parameters: Mapping[str, Any]) -> d
         messages,
         bos_token=tokenizer.special.get("bos_token"),
         eos_token=tokenizer.special.get("eos_token"),
+        fold_system=True,
     )
     ids, policy = tokenizer.encode(prompt), policy_of(path)
     completion: Generation = generate(

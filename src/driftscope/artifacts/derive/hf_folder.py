@@ -19,6 +19,7 @@ from driftscope.artifacts.derive.source import source_of_copy
 from driftscope.artifacts.folder_vocabulary import PRE_NAME_KEY
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import hf_layout
+from driftscope.artifacts.stop_tokens import stop_tokens
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.artifacts.tokenizer import model_folder, tokenizer_from_vocabulary
 from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_gguf
@@ -194,6 +195,9 @@ def _write_tokenizer(folder: Path, vocabulary: Vocabulary, source: Artifact) -> 
     if vocabulary.chat_template is not None:
         config["chat_template"] = vocabulary.chat_template
     _write_json(folder / "tokenizer_config.json", config)
+    ends = stop_tokens(source, tokenizer)
+    if not ends <= {vocabulary.special.get("eos_token")}:
+        _write_json(folder / "generation_config.json", {"eos_token_id": sorted(ends)})
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
