@@ -33,6 +33,9 @@ MEASUREMENTS: dict[str, str] = {
     "scale": "driftscope.falsifiers.scale",
     "softmax": "driftscope.falsifiers.softmax",
     "sum_order": "driftscope.falsifiers.sum_order",
+    "sweep_cosine": "driftscope.falsifiers.sweep_cosine",
+    "sweep_faults": "driftscope.falsifiers.sweep_faults",
+    "sweep_origin": "driftscope.falsifiers.sweep_origin",
     "thread_counts": "driftscope.falsifiers.thread_counts",
     "token_scope": "driftscope.falsifiers.token_scope",
 }
