@@ -94,7 +94,7 @@ def test_a_transform_that_nobody_declared_is_named(fault: str, scheme: str) -> N
     }
     assert (found["conclusion"], found["holds"]) == ("transformed", False)
     assert found["kind_counts"]["transformed"] == len(expected)
-    evidence = found["evidence"][next(iter(expected))]["evidence"]
+    evidence = found["found"][next(iter(expected))]["evidence"]
     assert evidence["alternatives_tried"] > 1
     assert evidence["nmse_under"] < evidence["nmse"] if evidence["nmse"] else True
 
@@ -161,7 +161,7 @@ def test_a_lost_scale_is_named_with_its_factor(scheme: str) -> None:
     found = judge(MODEL, copied(MODEL, scheme, {DOWN: np.float32(128) * of(DOWN)}))
     assert found["at_fault"] == [DOWN]
     assert found["relations"][DOWN] == "quantized-from-under:scaled(128)"
-    assert found["evidence"][DOWN]["evidence"]["factor"] == pytest.approx(128, rel=5e-3)
+    assert found["found"][DOWN]["evidence"]["factor"] == pytest.approx(128, rel=5e-3)
 
 
 def test_a_vocabulary_that_is_padded_with_zeros_is_legal_and_one_that_is_cut_is_not() -> None:

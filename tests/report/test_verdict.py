@@ -116,7 +116,7 @@ def test_a_transform_that_nobody_declared_is_a_bug_with_its_class(evidence: Any)
         "transforms": ["rows-interleaved(8)"],
         "evidence": {"nmse_under": 0.004, "expected_nmse_under": 0.005, "alternatives_tried": 17},
     }
-    relate(evidence, [name], "transformed", conclusion="transformed", evidence={name: found})
+    relate(evidence, [name], "transformed", conclusion="transformed", found={name: found})
     report = build_report(evidence)
     verdict = report["verdict"]
     assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", 1, "qkv_matmul")

@@ -66,7 +66,9 @@ def relate(
                 found[name] = search.search(pair_of[name], found[name])
             searched = {"tensors": search.tensors, "alternatives": search.alternatives}
     # One factor is the explanation of last resort: a transform that fits says more.
-    found = {name: linear[name] if item.match == "different" else item for name, item in found.items()}
+    for name, item in linear.items():
+        if found[name].match == "different" and item.match != "different":
+            found[name] = item
     different = {name for name, item in found.items() if item.match == "different"}
     alone = [
         *(Relation(name, "missing") for name in inventory["missing"]),

@@ -37,10 +37,10 @@ def summarise(
         declares), ``quantized-from``, ``downcast``, ``identical``; ``holds`` says whether it is one of the
         last three. ``statement`` says in a sentence what the distribution over the tensors shows.
         ``relations`` is the relation of each compared tensor, ``kinds`` its kind (`Relation.kind`),
-        ``at_fault`` names those that do not hold, ``evidence`` what each of them rests on. ``relation_counts``,
-        ``kind_counts`` and ``status_counts`` count, ``worst_by_nmse`` and ``worst_by_cosine`` list five each,
-        ``cosine`` has ``min`` and ``max``, ``training`` and ``searched`` are those of `Relations`,
-        ``metadata_matters`` names the metadata that differ and change an answer.
+        ``at_fault`` names those that do not hold, ``found`` says what each of them is and by what evidence.
+        ``relation_counts``, ``kind_counts`` and ``status_counts`` count, ``worst_by_nmse`` and
+        ``worst_by_cosine`` list five each, ``cosine`` has ``min`` and ``max``, ``training`` and ``searched``
+        are those of `Relations`, ``metadata_matters`` names the metadata that differ and change an answer.
     """
     given = frame.iter_rows(named=True) if hasattr(frame, "iter_rows") else frame
     rows = sorted(given, key=lambda row: row["tensor"])
@@ -71,7 +71,7 @@ def summarise(
         "relation_counts": dict(sorted(Counter(by_tensor[row["tensor"]].name for row in rows).items())),
         "kind_counts": relations.counts,
         "at_fault": at_fault,
-        "evidence": {name: by_tensor[name].to_dict() for name in at_fault},
+        "found": {name: by_tensor[name].to_dict() for name in at_fault},
         "training": dict(relations.training),
         "metadata_matters": [item["key"] for item in inventory["metadata_differences"] if item["matters"]],
         "searched": dict(relations.searched),

@@ -118,7 +118,7 @@ def _at_fault(rows: list[dict[str, Any]], summary: Document) -> list[dict[str, A
     for row in rows:
         if row["relation"] not in UNEXPLAINED:
             continue
-        judged = (summary.get("evidence") or {}).get(row["tensor"]) or {}
+        judged = (summary.get("found") or {}).get(row["tensor"]) or {}
         figures = judged.get("evidence") or {}
         found.append(
             {
