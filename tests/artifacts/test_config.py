@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.helpers.tiny_models import save_tiny_model
 from transformers import (
@@ -319,6 +320,12 @@ def test_sliding_window_of_mistral() -> None:
             "long_factor of the RoPE scaling is 3.0; expected a list of numbers",
         ),
         (
+            {**LONGROPE, "rope_scaling": {**LONGROPE["rope_scaling"], "long_factor": [1e300] * 8}},
+            "long_factor[0] is 1e+300; expected a positive number that f32 can hold",
+        ),
+        ({**GEMMA, "num_hidden_layers": 2**31 - 1}, "2147483647 layers; expected at most 4096"),
+        ({**WINDOW, "num_hidden_layers": 2**31 - 1}, "2147483647 layers; expected at most 4096"),
+        (
             {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
             "RoPE scaling 'linear' is not supported in phi3; expected longrope",
         ),
@@ -352,3 +359,132 @@ def test_unusable_file(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=message):
         open_artifact(tmp_path)
+
+
+def divisors(count: int) -> dict[str, list[float]]:
+    """Lists as published files print them: doubles of f32 numbers."""
+    return {
+        name: [float(np.float32(1.01 + i / 7)) for i in range(count)]
+        for name in ("short_factor", "long_factor")
+    }
+
+
+# What the published files say beside names and token numbers; lists stand for those in the files.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma-2-27b": (
+        {
+            "model_type": "gemma2",
+            "attention_bias": False,
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": 30.0,
+            "head_dim": 128,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 4608,
+            "intermediate_size": 36864,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 46,
+            "num_key_value_heads": 16,
+            "query_pre_attn_scalar": 144,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "sliding_window_size": 4096,
+            "vocab_size": 256000,
+        },
+        {"attention_scale": 1 / 12, "sliding_layers": tuple(range(0, 46, 2)), "tie_word_embeddings": True},
+    ),
+    "gemma-3-1b": (
+        {
+            "model_type": "gemma3_text",
+            "attention_bias": False,
+            "attn_logit_softcapping": None,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": None,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-06,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "vocab_size": 262144,
+        },
+        {"attention_scale": None, "rope_theta": 1e6, "local_rope_theta": 1e4, "sliding_window": 512},
+    ),
+    "phi-3-mini-4k": (
+        {
+            "model_type": "phi3",
+            "attention_bias": False,
+            "embd_pdrop": 0.0,
+            "hidden_act": "silu",
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+            "vocab_size": 32064,
+        },
+        {"head_dim": 96, "rope_scaling": None, "sliding_window": 2047, "sliding_layers": None},
+    ),
+    "phi-4-mini": (
+        {
+            "model_type": "phi3",
+            "attention_bias": False,
+            "full_attn_mod": 1,
+            "hidden_act": "silu",
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "interpolate_factor": 1,
+            "lm_head_bias": False,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 24,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 0.75,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {**divisors(48), "type": "longrope"},
+            "rope_theta": 10000.0,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+            "vocab_size": 200064,
+        },
+        {"head_dim": 128, "rotary_dim": 96, "num_kv_heads": 8, "tie_word_embeddings": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_files_as_they_are_published(model: str) -> None:
+    document, expected = PUBLISHED[model]
+    ours = config_from_hf(document, "config.json")
+    for field, value in expected.items():
+        assert getattr(ours, field) == value, field
+
+
+def test_longrope_of_phi_4_mini() -> None:
+    scaling = config_from_hf(PUBLISHED["phi-4-mini"][0], "config.json").rope_scaling
+    assert scaling is not None
+    # sqrt(1 + ln(32) / ln(4096)), as the paper has it.
+    assert scaling["attention_factor"] == pytest.approx(1.1902380714238083, rel=1e-7)
+    assert scaling["long_factor"][0] == 1.01
+    assert np.float32(scaling["long_factor"]).tolist() == divisors(48)["long_factor"]

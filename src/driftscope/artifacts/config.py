@@ -92,7 +92,7 @@ def config_from_hf(document: Mapping[str, Any], where: str) -> ModelConfig:
             "(a bias on the attention output is not supported)"
         )
     hidden_size = count(document, "hidden_size", where)
-    num_layers = count(document, "num_hidden_layers", where)
+    num_layers = checked_layers(count(document, "num_hidden_layers", where), where)
     num_heads = count(document, "num_attention_heads", where)
     head_dim = count(document, "head_dim", where, default=0)
     if not head_dim:
@@ -181,9 +181,18 @@ def checked(config: ModelConfig, where: str) -> ModelConfig:
             f"{where}: RoPE turns {rotary_dim} channels of a head; expected an even number up to "
             f"{config.head_dim}"
         )
-    if config.num_layers > MAX_LAYERS:
-        raise InputError(f"{where}: {config.num_layers} layers; expected at most {MAX_LAYERS}")
     return config
+
+
+def checked_layers(num_layers: int, where: str) -> int:
+    """Return a number of layers that lists may be made of.
+
+    Raises:
+        InputError: there are too many.
+    """
+    if num_layers > MAX_LAYERS:
+        raise InputError(f"{where}: {num_layers} layers; expected at most {MAX_LAYERS}")
+    return num_layers
 
 
 def unsupported_architecture(architecture: object, where: str, key: str) -> InputError:

@@ -8,6 +8,7 @@ from typing import Any
 from driftscope.artifacts.config import (
     SUPPORTED,
     checked,
+    checked_layers,
     gemma_constants,
     has_qk_norm,
     unsupported_architecture,
@@ -103,7 +104,7 @@ def config_from_gguf(
         raise InputError(
             f"{where}: {stored}.rope.dimension_count is {rotary_dim}; expected the head size, {head_dim}"
         )
-    num_layers = keys.count("block_count")
+    num_layers = checked_layers(keys.count("block_count"), where)
     window, sliding_layers = _windows(keys, architecture, num_layers)
     if architecture == "llama" and window is not None:
         # No llama model has one.

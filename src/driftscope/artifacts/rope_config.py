@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ _REQUIRED = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
+_MIN_F32, _MAX_F32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _LISTS = ("short_factor", "long_factor")
 # Held by other fields of `ModelConfig`.
 _ELSEWHERE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -193,9 +194,11 @@ def _positive_list(document: Mapping[str, Any], key: str, where: str) -> list[fl
     values = document[key]
     if not isinstance(values, list | tuple) or not values:
         raise InputError(f"{where}: {key} of the RoPE scaling is {short(values)}; expected a list of numbers")
-    numbers = [positive({name: value}, name, where) for name, value in _named(key, values)]
-    return [shortest(float(np.float32(value))) for value in numbers]
-
-
-def _named(key: str, values: Sequence[Any]) -> list[tuple[str, Any]]:
-    return [(f"{key}[{index}]", value) for index, value in enumerate(values)]
+    numbers = []
+    for index, value in enumerate(values):
+        name = f"{key}[{index}]"
+        found = positive({name: value}, name, where)
+        if not _MIN_F32 <= found <= _MAX_F32:
+            raise InputError(f"{where}: {name} is {found}; expected a positive number that f32 can hold")
+        numbers.append(shortest(float(np.float32(found))))
+    return numbers

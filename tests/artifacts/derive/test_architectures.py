@@ -152,6 +152,13 @@ def test_hyperparameters_come_back(folder: Path, architecture: str, scheme: str)
     assert found == open_artifact(folder / architecture).config
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_file_made_from_the_file_is_the_file(folder: Path, tmp_path: Path, architecture: str) -> None:
+    source = folder / f"{architecture}.F32.gguf"
+    write_candidate(open_artifact(source), tmp_path / "again.gguf", scheme="F32")
+    assert (tmp_path / "again.gguf").read_bytes() == source.read_bytes()
+
+
 WINDOWS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "qwen2": {
