@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import glob
 import json
 import os
 import stat
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from driftscope.errors import InputError
 
-_MAX_JSON_BYTES = 256 * 2**20
+# Twice what the largest published tokenizer.json has, and little enough that a hostile file takes seconds and
+# less than a gigabyte: a value of two characters becomes an object of a hundred bytes.
+_MAX_JSON_BYTES = 64 * 2**20
+_MAX_JSON_ITEMS = 4_000_000
 
 # What is read from a model folder besides its weights.
 _BESIDE_WEIGHTS = (
@@ -155,31 +162,47 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse the bytes of a JSON object, with every key at most once.
+    """Parse the bytes of a JSON object of bounded size, with every key at most once.
 
     Args:
         text: UTF-8.
         where: the file, for the message.
 
     Raises:
-        InputError: not JSON, not an object, or a repeated key.
+        InputError: too large, not JSON, not an object, or a repeated key.
     """
+    items = sum(map(text.count, (b",", b":", b"[", b"{")))
+    if items > _MAX_JSON_ITEMS:
+        raise InputError(f"{where}: {items} values and keys of JSON; expected at most {_MAX_JSON_ITEMS}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         document = dict(pairs)
         if len(document) != len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise InputError(f"{where}: the key {repeated!r} is there twice")
+            counts = Counter(key for key, _ in pairs)
+            repeated = next(key for key, count in counts.items() if count > 1)
+            raise InputError(f"{where}: the key {repr(repeated)[:120]} is there twice")
         return document
 
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        with _without_collection():
+            document = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(document, dict):
         raise InputError(f"{where}: expected a JSON object")
     return document
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from looking for cycles, of which JSON has none, again and again while objects are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _reason(error: Exception) -> str:

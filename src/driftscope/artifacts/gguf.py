@@ -52,6 +52,8 @@ _MAX_KEY_VALUES = 2**16
 _MAX_TENSORS = 2**18
 _MAX_ARRAY_LENGTH = 2**22
 _MAX_STRING_BYTES = 2**26
+_MAX_ELEMENTS = 2**23
+_MAX_STRUCTURE_BYTES = 2**27
 
 
 class Strings(Sequence[str]):
@@ -170,6 +172,7 @@ class _Reader:
         self._data = data
         self._size = len(data)
         self._position = 0
+        self._elements = 0
 
     def file(self) -> GgufFile:
         if self._data[: len(MAGIC)] != MAGIC:
@@ -211,13 +214,14 @@ class _Reader:
     def _array(self, key: str) -> Any:
         kind = self._scalar(_U32, f"element type of {key}")
         if kind == _STRING:
-            return self._strings(key, self._count(f"length of {key}", 8, _MAX_ARRAY_LENGTH))
+            length = self._count(f"length of {key}", 8, _MAX_ARRAY_LENGTH)
+            return self._strings(key, self._add_elements(length, key))
         if kind == _ARRAY:
             self._fail(f"{_short(key)} is an array of arrays, which is not supported")
         if kind not in _SCALARS:
             self._fail(f"{_short(key)} has elements of the unknown type {kind}")
         form = _SCALARS[kind]
-        length = self._count(f"length of {key}", form.size, _MAX_ARRAY_LENGTH)
+        length = self._add_elements(self._count(f"length of {key}", form.size, _MAX_ARRAY_LENGTH), key)
         start = self._take(length * form.size, key)
         values = np.frombuffer(self._data[start : self._position], dtype=form.format)
         if kind == _BOOL:
@@ -237,7 +241,7 @@ class _Reader:
             if position > size:
                 self._fail(f"string {index} of {length} of {_short(key)} reaches past the end of the file")
             ends.append(position - start)
-        self._position = position
+        self._move_to(position, key)
         return Strings(data[start:position], ends, f"{self._path}: {_short(key)}")
 
     def _alignment(self, metadata: dict[str, Any]) -> int:
@@ -301,8 +305,21 @@ class _Reader:
         start = self._position
         if count > self._size - start:
             self._fail(f"{_short(what)} reaches past the end of the file; is it truncated?")
-        self._position = start + count
+        self._move_to(start + count, what)
         return start
+
+    def _move_to(self, position: int, what: str) -> None:
+        """Go on at another position, within what a file may have in front of its data."""
+        if position > _MAX_STRUCTURE_BYTES:
+            self._fail(f"{_short(what)} ends at byte {position}; expected at most {_MAX_STRUCTURE_BYTES}")
+        self._position = position
+
+    def _add_elements(self, count: int, key: str) -> int:
+        """Count the elements of all arrays together; returns those of this one."""
+        self._elements += count
+        if self._elements > _MAX_ELEMENTS:
+            self._fail(f"the arrays up to {_short(key)} have more than {_MAX_ELEMENTS} elements together")
+        return count
 
     def _scalar(self, form: struct.Struct, what: str) -> Any:
         return form.unpack_from(self._data, self._take(form.size, what))[0]

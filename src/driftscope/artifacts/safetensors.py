@@ -36,8 +36,8 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"
 # ``model-00002-of-00005.safetensors``.
 _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
 
-# The limit of the safetensors library.
-_MAX_HEADER_BYTES = 100_000_000
+# Far above any model's; the safetensors library takes up to 100 MB.
+_MAX_HEADER_BYTES = 64 * 2**20
 
 # Far above any tensor's; more would make products of many thousand bits.
 _MAX_DIMS = 64
