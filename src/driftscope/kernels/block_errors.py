@@ -9,9 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.kernels.compare import ROW_SUMS, CellFigures, Side, TensorComparison, compare_sides
-from driftscope.kernels.compare_cells import CELL, CodeScale, by_exponent, code_scale
-from driftscope.kernels.formats import format_of
+from driftscope.kernels.compare_cells import (
+    CELL,
+    CodeScale,
+    by_exponent,
+    code_scale,
+    float_step,
+    scale_rounding,
+)
+from driftscope.kernels.dequantize import dequantize
+from driftscope.kernels.expected_error import cell_energies, smallest_exponent
+from driftscope.kernels.formats import BlockFormat, format_of, row_columns
 from driftscope.kernels.jit import kernel
+from driftscope.kernels.unpack import UnpackedRows
 
 # Values that are decoded at a time where the pass itself cannot look at cells.
 _PART = 1 << 20
@@ -89,6 +99,54 @@ def compare_blocks(
     return found, BlockErrors(
         a.n_rows, a.columns, code_scale(b.layout), energy, peak, counts[0], counts[1], figures.by_row
     )
+
+
+def cell_ratios(
+    a: NDArray[np.float32], b_raw: NDArray[np.uint8], b_dtype: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What the codes of some rows stand for, in float64.
+
+    Args:
+        a: ``float32[rows, columns]``.
+        b_raw: ``uint8[rows, row_bytes]``.
+        b_dtype: format name of b.
+
+    Returns:
+        Mean squared errors in twelfths of the squared step, and the largest squared errors in squared steps,
+        ``float64[rows, cells]``: infinite or NaN where a value is not finite.
+    """
+    layout = format_of(b_dtype)
+    missing = -a.shape[1] % CELL
+    with np.errstate(all="ignore"):
+        b = dequantize(b_raw, b_dtype)
+        d = a.astype(np.float64) - b
+        if by_exponent(layout):
+            _, exponents = np.frexp(b)
+            # frexp has its mantissa in [0.5, 1).
+            least = max(1, smallest_exponent(layout)) - 127
+            d = d / np.ldexp(float_step(layout), np.clip(exponents - 1, least, 126))
+            squares = np.ones((a.shape[0], (a.shape[1] + missing) // CELL))
+        else:
+            squares = squared_steps(b_raw, layout)
+        d = np.pad(d, ((0, 0), (0, missing))).reshape(a.shape[0], -1, CELL)
+        energy = np.where(d.any(axis=2), (d * d).mean(axis=2) * 12 / squares, 0.0)
+        return energy, np.where(d.any(axis=2), (d * d).max(axis=2) / squares, 0.0)
+
+
+def squared_steps(raw: NDArray[np.uint8], layout: BlockFormat) -> NDArray[np.float64]:
+    """The squared step of every cell of a format of integer blocks, with what the rounding of scales adds."""
+    columns = row_columns(layout.name, raw.shape[1])
+    rows = UnpackedRows.empty(layout, raw.shape[0], columns)
+    rows.fill(np.ascontiguousarray(raw), 0, raw.shape[0])
+    step = rows.d.astype(np.float64).repeat(layout.block_size // layout.sub_block, axis=1) * rows.scales
+    inside = cell_energies(layout)[rows.quants.astype(np.int64) + 128] * 12
+    squares = (step * step).repeat(layout.sub_block, axis=1) * inside
+    squares = squares.reshape(raw.shape[0], -1, CELL).mean(axis=2)
+    extra = scale_rounding(layout)
+    cells = layout.block_size // CELL
+    d, dmin = (part.astype(np.float64).repeat(cells, axis=1) for part in (rows.d, rows.dmin))
+    found: NDArray[np.float64] = squares + extra.of_d * d * d + extra.of_dmin * dmin * dmin + extra.fixed
+    return found
 
 
 def row_sums(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:

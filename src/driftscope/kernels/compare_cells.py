@@ -31,6 +31,11 @@ GROUP = 8
 
 _MANTISSA_BITS = {"F16": 10, "BF16": 7}
 _F32_MANTISSA_BITS = 23
+
+# The square of four times the smallest f16. A block's scale has one rounding error for all of its values,
+# whose square may be three times the mean; so may that of a quant.
+_UNDERFLOW = 2.0**-44
+_LARGEST_SCALE = {"Q2_K": 15, "Q3_K": 32, "Q4_K": 63, "Q5_K": 63, "Q6_K": 128, "IQ4_XS": 32}
 _EIGHT, _WORDS = vector(F32, 8), vector(I32, 8)
 
 
@@ -91,19 +96,41 @@ def float_step(layout: BlockFormat) -> float:
     return 2.0 ** -_MANTISSA_BITS.get(layout.name, _F32_MANTISSA_BITS)
 
 
-def scale_rounding(layout: BlockFormat) -> tuple[float, float]:
-    """What the rounding of integer scales and minima adds to a squared step, in units of d^2 and of dmin^2.
+@dataclass(frozen=True)
+class ScaleRounding:
+    """What the rounding of a block's scales adds to a squared step.
+
+    Attributes:
+        of_d: in units of d^2.
+        of_dmin: in units of dmin^2.
+        fixed: by itself.
+    """
+
+    of_d: float
+    of_dmin: float
+    fixed: float
+
+
+def scale_rounding(layout: BlockFormat) -> ScaleRounding:
+    """What the rounding of scales and minima adds to the squared step of a format of integer blocks.
 
     An integer scale is off by up to 1/2, and a value by that times ``d * quant``: a twelfth of ``d^2`` times
     the mean square of a quant, all of them taken as equally likely. A minimum is off by up to ``dmin / 2``.
+    An f16 is off by up to 2^-25 where it is subnormal, and a value by that times quant and scale.
     """
     decoder = DECODERS[layout.name]
+    if decoder.d[0] != "f16":
+        return ScaleRounding(0.0, 0.0, 0.0)
+    quants = np.arange(-127.0, 128.0)
+    if decoder.levels:
+        quants = IQ4_LEVELS.astype(np.float64)
+    elif decoder.largest:
+        quants = np.arange(decoder.largest + 1.0) - decoder.bias
+    square = float(np.mean(quants * quants))
     if decoder.scales is None:
-        return 0.0, 0.0
-    levels = (
-        IQ4_LEVELS.astype(np.float64) if decoder.levels else np.arange(decoder.largest + 1) - decoder.bias
-    )
-    return float(np.mean(levels * levels)), 1.0 if decoder.mins is not None else 0.0
+        return ScaleRounding(0.0, 0.0, _UNDERFLOW * square)
+    fixed = _UNDERFLOW * square * _LARGEST_SCALE[layout.name] ** 2 / 3
+    return ScaleRounding(square, 0.0 if decoder.mins is None else 1.0, fixed)
 
 
 Join = Callable[[Builder, Value, Value], Value]
@@ -237,17 +264,20 @@ def squared_steps(
         dmin: what scales the minima, in eight lanes.
         out: pointer to as many f32 as the block has cells.
     """
-    of_d, of_dmin = scale_rounding(layout)
+    extra = scale_rounding(layout)
     square = builder.fmul(scale, scale)
     if scale.type.count == 16:
         even, odd = (ir.pick(builder, square, range(i, 16, 2)) for i in range(2))
         square = builder.fmul(builder.fadd(even, odd), constant(F32, 0.5, 8))
     if DECODERS[layout.name].levels or layout.name == "MXFP4":
         square = ir.zeros(_EIGHT)  # what depends on the levels is added by the caller
-    if of_d:
-        square = builder.fadd(square, builder.fmul(builder.fmul(d, d), constant(F32, of_d, 8)))
-    if of_dmin and dmin is not None:
+    if extra.of_d:
+        square = builder.fadd(
+            square, builder.fmul(builder.fmul(d, d), constant(F32, float(np.float32(extra.of_d)), 8))
+        )
+    if extra.of_dmin and dmin is not None:
         square = builder.fadd(square, builder.fmul(dmin, dmin))
+    square = builder.fadd(square, constant(F32, float(np.float32(extra.fixed)), 8))
     if layout.block_size == CELL:
         ir.store(builder, builder.extract_element(square, I32(0)), out)
     else:

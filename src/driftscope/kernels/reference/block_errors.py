@@ -17,6 +17,9 @@ _MANTISSA_BITS = {"F16": 10, "BF16": 7}
 # Mean square of a quant where all are equally likely, for formats whose sub-blocks have integer scales.
 _MEAN_SQUARE = {"Q2_K": 3.5, "Q3_K": 5.5, "Q4_K": 77.5, "Q5_K": 325.5, "Q6_K": 341.5}
 _MEAN_SQUARE["IQ4_XS"] = float(np.mean(np.square(_LEVELS["IQ4_XS"])))
+_LARGEST_SCALE = {"Q2_K": 15, "Q3_K": 32, "Q4_K": 63, "Q5_K": 63, "Q6_K": 128, "IQ4_XS": 32}
+_ONE_SCALE = {"Q4_0": 21.5, "Q4_1": 77.5, "Q5_0": 85.5, "Q5_1": 325.5, "Q8_0": 16256 / 3}
+_ONE_SCALE["IQ4_NL"] = _MEAN_SQUARE["IQ4_XS"]
 
 
 def squared_steps(raw: NDArray[np.uint8], dtype: str) -> F32:
@@ -28,6 +31,9 @@ def squared_steps(raw: NDArray[np.uint8], dtype: str) -> F32:
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype in _MEAN_SQUARE:
             extra = (d * d) * np.float32(_MEAN_SQUARE[dtype])
+            fixed = 2.0**-44 * _MEAN_SQUARE[dtype] * _LARGEST_SCALE[dtype] ** 2 / 3
+        else:
+            fixed = 2.0**-44 * _ONE_SCALE.get(dtype, 0.0)
         if dtype in _LEVELS:
             levels = np.array(_LEVELS[dtype], np.float64)
             edges = (levels[1:] + levels[:-1]) / 2
@@ -35,6 +41,7 @@ def squared_steps(raw: NDArray[np.uint8], dtype: str) -> F32:
             high = np.concatenate([edges, [2 * levels[-1] - edges[-1]]])
             mean_square = ((high - levels) ** 3 - (low - levels) ** 3) / 3 / (high - low)
             inside = mean_square[np.searchsorted(levels, quants)].reshape(*scales.shape, -1).sum(axis=2)
+            extra = extra + np.float32(fixed)
             squares = extra + (steps.astype(np.float64) ** 2 * inside * (12 / _CELL)).astype(np.float32)
         else:
             squares = steps * steps
@@ -43,6 +50,7 @@ def squared_steps(raw: NDArray[np.uint8], dtype: str) -> F32:
             squares = squares + extra
             if layout.offset == "subtract":
                 squares = squares + dmin * dmin
+            squares = squares + np.float32(fixed)
         if layout.block_size // _CELL > squares.shape[1]:  # one scale for several cells
             squares = np.repeat(squares, layout.block_size // _CELL, axis=1)
     return squares.astype(np.float32).reshape(raw.shape[0], -1)
