@@ -200,6 +200,8 @@ def _add_tokens(document: dict[str, Any], folder: Path, config: Mapping[str, Any
     }
     if len(added) != len(listed):
         raise InputError(f"{path}: an added token has no content, or two have the same")
+    if not all(type(token.get("id")) is int for token in added.values()):
+        raise InputError(f"{path}: an added token has no id")
     stated = config.get("added_tokens_decoder")
     if isinstance(stated, Mapping):
         where = folder / "tokenizer_config.json"
@@ -231,8 +233,6 @@ def _add_tokens(document: dict[str, Any], folder: Path, config: Mapping[str, Any
                 "special": special,
             }
             added.setdefault(content, token)
-    if not all(isinstance(token.get("id"), int) for token in added.values()):
-        raise InputError(f"{path}: an added token has no id")
     document["added_tokens"] = sorted(added.values(), key=lambda token: int(token["id"]))
 
 

@@ -200,5 +200,7 @@ def _added_by_post_processor(document: Mapping[str, Any]) -> tuple[bool, bool]:
     for step in steps:
         single = step.get("single")
         if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            return "SpecialToken" in single[0], "SpecialToken" in single[-1]
+            ends = (single[0], single[-1])
+            begin, end = (isinstance(piece, Mapping) and "SpecialToken" in piece for piece in ends)
+            return begin, end
     return False, False

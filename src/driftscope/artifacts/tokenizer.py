@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
@@ -23,6 +23,8 @@ from driftscope.artifacts.spm_json import bpe_model, decoder, escaping_normalize
 from driftscope.artifacts.token_types import SPECIAL_TYPES, USER_DEFINED
 from driftscope.artifacts.vocabulary import SPM, Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
+
+_T = TypeVar("_T")
 
 
 class Tokenizer:
@@ -102,12 +104,19 @@ class Tokenizer:
             ids = self._encoder.encode(text, parse_special=parse_special)
             begin, end = _begin_and_end(self._vocabulary) if add_special else (None, None)
             return [*([] if begin is None else [begin]), *ids, *([] if end is None else [end])]
-        self._backend.encode_special_tokens = not parse_special
-        return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+        backend = self._backend
+        backend.encode_special_tokens = not parse_special
+        return _guarded(
+            lambda: list(backend.encode(text, add_special_tokens=add_special).ids), "text", "encoded"
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, control tokens included."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        listed = list(ids)
+        backend = self._backend
+        return _guarded(
+            lambda: str(backend.decode(listed, skip_special_tokens=False)), "token ids", "decoded"
+        )
 
     def to_json(self) -> str:
         """The tokenizer as a Hugging Face ``tokenizer.json``; the same vocabulary gives the same bytes."""
@@ -271,10 +280,16 @@ def _post_processor(vocabulary: Vocabulary, where: str) -> dict[str, Any] | None
 
 
 def _load(text: str, where: str) -> tokenizers.Tokenizer:
-    """Parse a ``tokenizer.json``; the library raises plain exceptions and, where it panics, BaseException."""
+    """Parse a ``tokenizer.json``."""
+    return _guarded(lambda: tokenizers.Tokenizer.from_str(text), where, "used as a tokenizer")
+
+
+def _guarded(call: Callable[[], _T], what: str, done: str) -> _T:
+    """Call the library, which raises plain exceptions and, where it panics, BaseException."""
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        return call()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise InputError(f"{where}: not a usable tokenizer ({error})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{what}: cannot be {done} ({reason})") from error
