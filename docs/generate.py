@@ -305,6 +305,41 @@ def weight_formats() -> str:
     return f"{table(head, rows)}\n\nRead through the gguf package: {other}."
 
 
+def architectures() -> str:
+    """Return the architectures that are read and written, and what their files store otherwise."""
+    from driftscope.artifacts.config import SUPPORTED
+    from driftscope.artifacts.names import GGUF_ARCHITECTURES
+    from driftscope.artifacts.transforms import GGUF, HUGGING_FACE, Table
+
+    def said(of: Table) -> str:
+        by_label: dict[str, list[str]] = {}
+        for pattern, transforms in of.items():
+            for transform in transforms:
+                by_label.setdefault(transform.label, []).append(f"`{pattern}`")
+        return "; ".join(f"{label}: {', '.join(names)}" for label, names in by_label.items())
+
+    rows = [
+        (
+            f"`{name}`",
+            f"`{GGUF_ARCHITECTURES[name]}`",
+            said(GGUF[GGUF_ARCHITECTURES[name]]),
+            said(HUGGING_FACE.get(name, {})),
+        )
+        for name in SUPPORTED
+    ]
+    return table(
+        ("`model_type`", "GGUF", "what GGUF stores otherwise", "what a folder stores otherwise"), rows
+    )
+
+
+def transforms() -> str:
+    """Return what may lie between stored bytes and canonical values, with what each is."""
+    from driftscope.artifacts.transforms import LABELS
+
+    rows = [(f"`{label}`", _first_paragraph(inspect.getdoc(kind))) for label, kind in LABELS.items()]
+    return table(("name", "meaning"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "command-line": command_line,
     "stage-commands": stage_commands,
@@ -313,6 +348,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "code-packages": code_packages,
     "configuration": configuration,
     "weight-formats": weight_formats,
+    "architectures": architectures,
+    "transforms": transforms,
 }
 
 

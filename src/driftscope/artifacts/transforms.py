@@ -123,6 +123,17 @@ HUGGING_FACE: dict[str, Table] = {
 # these is named all the same.
 ELSEWHERE: tuple[Transform, ...] = (Transposed(), NegatedExponential())
 
+# What `applied` and the relations of a sweep call them, and where each is explained.
+LABELS: dict[str, type] = {
+    "rows-interleaved": InterleavedRows,
+    "offset+1": Offset,
+    "split": Split,
+    "tied": Tied,
+    "rows-padded": PaddedRows,
+    "transposed": Transposed,
+    "negated-exponential": NegatedExponential,
+}
+
 
 def stored_as(name: str, table: Table) -> tuple[Transform, ...]:
     """What a table says of a canonical name."""
