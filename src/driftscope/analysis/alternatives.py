@@ -69,9 +69,11 @@ def alternatives(
         yield Alternative("negated", ref_a, change=_negated)
     yield from _of_the_same_layer(tensor, a, ref_b)
     if tensor in (EMBEDDING, HEAD):
-        other = a.tensors.get(HEAD if tensor == EMBEDDING else EMBEDDING)
-        if other is not None and other is not ref_a and other.shape == ref_b.shape:
-            yield Alternative("tied", other)
+        # The copy may have been made of the one that b stores, which was rounded before.
+        for model in (a, b):
+            other = model.tensors.get(HEAD if tensor == EMBEDDING else EMBEDDING)
+            if other is not None and other not in (ref_a, ref_b) and other.shape == ref_b.shape:
+                yield Alternative("tied", other)
     if columns_a == columns_b and rows_a != rows_b and len(ref_a.shape) == len(ref_b.shape) == 2:
         yield from _other_row_counts(ref_a, rows_a, rows_b)
 

@@ -120,7 +120,7 @@ class TransformSearch:
         target = self._sample(f"b:{b.name}:{alternative.skipped}:{count}", b, rows + alternative.skipped)
         source_rows = rows if alternative.order is None else alternative.order[rows]
         if alternative.order is None and alternative.change is None:
-            key = f"a:{alternative.source.name}:{count}"
+            key = f"{alternative.source.file}:{alternative.source.offset}:{count}"
             values = self._sample(key, alternative.source, source_rows)
         else:
             values = rows_of(alternative.source, source_rows)[:, :SAMPLED_COLUMNS]

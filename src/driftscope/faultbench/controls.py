@@ -12,7 +12,7 @@ from driftscope.analysis.clean_engines import CleanEngine, Habits
 from driftscope.analysis.floors import Floors
 from driftscope.analysis.impact import impact_rows
 from driftscope.analysis.replay import Replayer
-from driftscope.analysis.sweep import Band, compare_tensor, relation_of
+from driftscope.analysis.sweep import Band, compare_tensor, inventory, relate, summarise
 from driftscope.artifacts.model import Artifact
 from driftscope.faultbench.clean import Clean, own_trace, verdict
 from driftscope.faultbench.edited import values_of, with_values
@@ -104,16 +104,16 @@ class Controls:
             forward = ForwardPass({policy.base.artifact: tuned}, policy, threads=self._threads)
             trace = record(forward, self._bench.prompts("qwen2", "short"), subject.arithmetic)
             found = examine(trace, tuned, base, self._floors, threads=self._threads)
-            relations = [
-                relation_of(compare_tensor(base.tensors[name], tuned.tensors[name]), BAND).match
-                for name in base.tensors
-            ]
+            rows = [compare_tensor(ref, tuned.tensors[name]) for name, ref in base.tensors.items()]
+            listed = inventory(base, tuned)
+            sweep = summarise(rows, listed, relate(rows, listed, BAND, base, tuned))
             named = {fault.class_ for fault in FAULTS.values()}
             said = verdict(found)
             # That the weights differ must be found; what must not be said is that one of them is corrupt.
             said["alarm"] = bool(found.first is not None and found.first["class"] in named)
-            said["alarm"] = said["alarm"] or set(relations) != {"different"}
-            figures = {"tensors_different": relations.count("different"), "tensors": len(relations)}
+            said["alarm"] = said["alarm"] or sweep["conclusion"] != "different-weights"
+            different = list(sweep["relations"].values()).count("different")
+            figures = {"tensors_different": different, "tensors": len(rows)}
             yield {**_about(subject, "short"), **said, "figures": figures}
 
     def other_scope(self) -> Iterator[Result]:
