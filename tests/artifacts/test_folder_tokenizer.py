@@ -335,6 +335,36 @@ def test_documents_that_gguf_cannot_hold_are_refused(document: Any, message: str
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+        (lambda d: d["model"].update(vocab="x" * 5000), "cannot be used as a tokenizer"),
+        (lambda d: d.update(added_tokens=[{"id": "5", "content": "x"}]), "an added token has no id"),
+        (lambda d: d["added_tokens"][0].pop("content"), "an added token has no content"),
+    ],
+)
+def test_documents_that_cannot_be_used_are_refused_in_a_short_line(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    document = _changed()
+    change(document)
+    stated = {"5": {"content": "x"}}
+    folder = _folder(tmp_path, document, SPECIAL | {"added_tokens_decoder": stated})
+    with pytest.raises(InputError, match=message) as caught:
+        tokenizer_from_folder(folder, SIZE + 2)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(InputError):
+        vocabulary_from_folder(folder, SIZE + 2)
+
+
+def test_a_step_of_a_post_processor_that_is_no_object(tmp_path: Path) -> None:
+    for single in ([None], ["A", 3], {}):
+        document = _changed() | {"post_processor": {"type": "TemplateProcessing", "single": single}}
+        vocabulary = vocabulary_from_folder(_folder(tmp_path, document, SPECIAL), SIZE + 2)
+        assert (vocabulary.add_bos, vocabulary.add_eos) == (False, False)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "the id 'x'"),

@@ -76,6 +76,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "score a number": (_message(1, _message(1, b"a") + _field(2, 0, b"\x05")), "no float"),
     "type unknown": (_message(1, _message(1, b"a") + _field(3, 0, b"\x09")), "unknown type"),
     "type text": (_message(1, _message(1, b"a") + _message(3, b"x")), "text where a number"),
+    "normalization cut": (PIECE * 3 + _message(3, _message(2, b"\x09\x00\x00")), "a trie of 9"),
+    "normalization too long": (PIECE * 3 + _message(3, _message(2, b"\x08\x00\x00\x00abcd")), "trie of 8"),
+    "normalization not UTF-8": (PIECE * 3 + _message(3, _message(2, bytes(4) + b"\xff")), "utf-8"),
     "special id": (PIECE + _message(2, _field(3, 0, b"\x02")), "special id 1 of 1"),
 }
 

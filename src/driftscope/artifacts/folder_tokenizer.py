@@ -22,6 +22,7 @@ from driftscope.artifacts.sentencepiece import (
 )
 from driftscope.artifacts.spm_json import bpe_model, decoder, escaping_normalizer, merges_of_scores, metaspace
 from driftscope.artifacts.token_types import CONTROL, SPECIAL_TYPES, UNKNOWN
+from driftscope.artifacts.tokenizer_bounds import check_growth
 from driftscope.artifacts.vocabulary import MAX_SPM_TOKEN_CHARACTERS, SPECIAL_KEYS
 from driftscope.errors import InputError
 
@@ -64,6 +65,11 @@ def read_folder(
                 config[name] = model.pieces[index]
     else:
         document = read_json_object(path)
+        check_growth(document, str(path))
+    model_part = document.get("model")
+    if isinstance(model_part, dict) and model_part.get("continuing_subword_prefix"):
+        # The library panics where a merge has none, and no language model's tokenizer has one.
+        raise InputError(f"{path}: a continuing_subword_prefix is not supported")
     _add_tokens(document, folder, config, path)
     if architecture == "llama" and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
         _as_llama_tokenizer(document, config)

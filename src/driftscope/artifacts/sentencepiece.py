@@ -116,7 +116,18 @@ def _model(data: bytes) -> SentencePieceModel:
     for index in (model.unknown, model.begin, model.end):
         if index is not None and not 0 <= index < len(pieces):
             raise ValueError(f"special id {index} of {len(pieces)} pieces")
+    _check_charsmap(model.charsmap)
     return model
+
+
+def _check_charsmap(charsmap: bytes) -> None:
+    """Check that the compiled normalization has its parts: the size of a trie, the trie, texts."""
+    if not charsmap:
+        return
+    size = int.from_bytes(charsmap[:4], "little")
+    if len(charsmap) < 4 or size % 4 or size > len(charsmap) - 4:
+        raise ValueError(f"a normalization of {len(charsmap)} bytes with a trie of {size}")
+    charsmap[4 + size :].decode("utf-8")
 
 
 def _optional(index: int) -> int | None:
