@@ -76,12 +76,13 @@ class Artifact:
 
     Attributes:
         path: the file or folder that was opened.
-        container: ``gguf`` or ``safetensors``.
+        container: ``gguf``, ``safetensors`` or ``apr``.
         config: hyperparameters.
         tensors: canonical name to tensor, in the canonical order of the model.
         unmapped: stored names that have no canonical name; never dropped silently.
         files: every file that holds tensors or metadata, sorted.
-        metadata: raw metadata of the container (GGUF key-values, or config.json).
+        metadata: raw metadata of the container (GGUF key-values, config.json, or an .apr file's object with the
+            keys of its tokenizer under GGUF's names).
     """
 
     path: Path

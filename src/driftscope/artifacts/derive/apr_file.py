@@ -60,7 +60,7 @@ Progress = Callable[[int, int], None]
 QUANTIZERS = (APR_Q4, APR_Q8)
 
 # Values that are held at a time; rows are taken in multiples of 32, so that AprQ4's blocks end with a slab.
-_SLAB_VALUES = 16 * 2**20
+_SLAB_VALUES = 4 * 2**20
 _MAX_F16 = 65504.0
 
 
