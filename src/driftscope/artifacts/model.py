@@ -81,7 +81,7 @@ class Artifact:
         tensors: canonical name to tensor, in the canonical order of the model.
         unmapped: stored names that have no canonical name; never dropped silently.
         files: every file that holds tensors or metadata, sorted.
-        metadata: raw metadata of the container (GGUF key-values, config.json, or an .apr file's object with the
+        metadata: raw metadata of the container (GGUF key-values, config.json, or an .apr file's object, the
             keys of its tokenizer under GGUF's names).
     """
 
