@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.helpers.tiny_models import save_tiny_model
 from transformers import (
     AutoConfig,
@@ -22,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from driftscope.artifacts.complete import expected_shapes
 from driftscope.artifacts.config import config_from_hf
 from driftscope.artifacts.model import ModelConfig
 from driftscope.artifacts.open import open_artifact
@@ -488,3 +491,44 @@ def test_longrope_of_phi_4_mini() -> None:
     assert scaling["attention_factor"] == pytest.approx(1.1902380714238083, rel=1e-7)
     assert scaling["long_factor"][0] == 1.01
     assert np.float32(scaling["long_factor"]).tolist() == divisors(48)["long_factor"]
+
+
+# What no file should say, and what a careless program may have written all the same.
+ODD: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2**31 - 1, 2**63, 10**400, 0.0, -0.0, 0.5, 1e-320, 1e300, -1e300),
+    *(float("nan"), float("inf"), "", "x", "linear", "longrope", "gelu", [], [0], [[]], ["x"], [1.0] * 8),
+    *({}, {"rope_type": []}, {"type": "longrope"}, {"full_attention": 3}, {"sliding_attention": {"type": 1}}),
+]
+WHOLE: list[dict[str, Any]] = [
+    MINIMAL,
+    {**MINIMAL, **LONGROPE, "partial_rotary_factor": 1.0, "sliding_window": 8},
+    {**MINIMAL, "rope_scaling": LLAMA3},
+    {**MINIMAL, **WINDOW, "layer_types": ["sliding_attention"] * 2, "max_window_layers": 1},
+    *(document for document, _ in PUBLISHED.values()),
+    {"model_type": "gemma3", "text_config": PUBLISHED["gemma-3-1b"][0]},
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(WHOLE), st.data())
+def test_odd_values_give_hyperparameters_or_one_line(document: dict[str, Any], data: st.DataObject) -> None:
+    changed = json.loads(json.dumps(document))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = changed
+        while True:
+            key = data.draw(st.sampled_from(sorted(place)))
+            if not isinstance(place[key], dict) or not place[key] or data.draw(st.booleans()):
+                break
+            place = place[key]
+        place[key] = data.draw(st.sampled_from(ODD))
+    config, message = None, ""
+    try:
+        config = config_from_hf(changed, "config.json")
+    except InputError as error:
+        message = str(error)
+    if config is None:
+        assert message.startswith("config.json: ")
+        assert len(message) < 300
+        assert "\n" not in message
+    else:
+        assert len(expected_shapes(config)) > config.num_layers

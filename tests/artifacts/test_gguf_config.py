@@ -8,9 +8,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.helpers.tiny_gguf import HEADS, KV_HEADS, LAYERS, add_hyperparameters, tiny_tensors, write_gguf
 
-from driftscope.artifacts.complete import check_complete
+from driftscope.artifacts.complete import check_complete, expected_shapes
 from driftscope.artifacts.gguf_config import config_from_gguf
 from driftscope.artifacts.model import ModelConfig
 from driftscope.artifacts.open import open_artifact
@@ -269,3 +271,70 @@ def test_no_architecture() -> None:
 def test_part_of_a_split_model() -> None:
     with pytest.raises(InputError, match="one of 3 parts"):
         config_from_gguf({"general.architecture": "llama", "split.count": 3}, {}, "m.gguf")
+
+
+ODD: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2**31 - 1, 2**63, 0.0, -0.0, 0.5, 1e-320, 3e38, -3e38, 1e300),
+    *(
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "linear",
+        "longrope",
+        "yarn",
+        (),
+        (0,),
+        (2, 2),
+        (2, 3),
+        ("x", "y"),
+    ),
+]
+EVERY_KEY = {
+    "block_count": 2,
+    "context_length": 128,
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.sliding_window": 8,
+    "attention.sliding_window_pattern": 2,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "rope.dimension_count": 16,
+    "rope.freq_base": 1e4,
+    "rope.freq_base_swa": 1e4,
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.1,
+    "vocab_size": 50,
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]), st.data())
+def test_odd_values_give_hyperparameters_or_one_line(architecture: str, data: st.DataObject) -> None:
+    keys = dict(EVERY_KEY)
+    if architecture != "gemma2":
+        keys["attn_logit_softcapping"] = 0.0
+    if architecture not in ("gemma2", "gemma3"):
+        keys["final_logit_softcapping"] = 0.0
+    for key in data.draw(st.lists(st.sampled_from(sorted(keys)), min_size=0, max_size=3)):
+        keys[key] = data.draw(st.sampled_from(ODD))
+    metadata = {f"{architecture}.{key}": value for key, value in keys.items() if value is not None}
+    config, message = None, ""
+    try:
+        config = config_from_gguf({"general.architecture": architecture, **metadata}, {}, "m.gguf")
+    except InputError as error:
+        message = str(error)
+    if config is None:
+        assert message.startswith("m.gguf: ")
+        assert len(message) < 300
+        assert "\n" not in message
+    else:
+        assert len(expected_shapes(config)) > config.num_layers
