@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -154,6 +155,32 @@ def tokenizer_json() -> bytes:
     backend.add_special_tokens([TOKENS[0], TOKENS[1]])
     backend.add_tokens([TOKENS[-1]])
     return backend.to_str().encode()
+
+
+def sentencepiece_model() -> bytes:
+    """A ``tokenizer.model`` of `VOCAB` pieces: what is needed of SentencePiece's ``ModelProto``."""
+
+    def field(number_: int, stored: bytes) -> bytes:
+        return bytes([number_ << 3 | 2, len(stored)]) + stored
+
+    pieces = [
+        ("<unk>", 2),
+        ("<s>", 3),
+        ("</s>", 3),
+        ("<0x61>", 6),
+        ("▁", 1),
+        ("ab", 1),
+        ("▁a", 1),
+        ("abc", 1),
+    ]
+    pieces += [(letter, 1) for letter in "abcdefghijklmnop"]
+    packed = b""
+    for rank, (text, kind) in enumerate(pieces):
+        score = b"\x15" + struct.pack("<f", -rank)
+        packed += field(1, field(1, text.encode()) + score + bytes([3 << 3, kind]))
+    # BPE, with a fall-back to bytes.
+    trainer = bytes([3 << 3, 2, 0x98, 2, 1])
+    return packed + field(2, trainer) + field(3, field(1, b"identity") + bytes([3 << 3, 1, 4 << 3, 0]))
 
 
 def _values(shape: tuple[int, ...], seed: int) -> Any:
@@ -409,7 +436,8 @@ def _change_folder(random: Random, case: Case, other: Case) -> Case:
     weights = [name for name in files if name.endswith(".safetensors")]
     name = random.choice(weights) if weights and random.random() < 0.5 else random.choice(files)
     data, spliced = _data(case[name]), _data(other.get(name))
-    change = change_safetensors if name.endswith(".safetensors") else change_json
+    changes = {".safetensors": change_safetensors, ".model": change_bytes}
+    change = changes.get(Path(name).suffix, change_json)
     return {**case, name: change(random, data, spliced)}
 
 
@@ -460,6 +488,11 @@ def _gguf_seeds() -> list[Case]:
     ]
 
 
+def _with_sentencepiece(files: dict[str, bytes]) -> Case:
+    del files["tokenizer.json"]
+    return files | {"tokenizer.model": sentencepiece_model()}
+
+
 def _folder_seeds() -> list[Case]:
     llama3 = {
         "rope_type": "llama3",
@@ -476,6 +509,7 @@ def _folder_seeds() -> list[Case]:
         hf_files("mistral", sliding_window=16),
         eight_bit_files(),
         eight_bit_files(16),
+        _with_sentencepiece(hf_files()),
         hf_files("gemma3_text", sliding_window=16, layer_types=["sliding_attention"], head_dim=HEAD_DIM),
         hf_files("phi3", pad_token_id=0, tie_word_embeddings=False),
     ]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from driftscope.artifacts.tokenizer_bounds import check_growth
+from driftscope.errors import InputError
 from tests.fuzz.apr_structure import with_checksums
 from tests.fuzz.gguf_structure import structure_of
 from tests.fuzz.run import run
@@ -83,13 +85,69 @@ def long_link() -> Case:
     return {**hf_files(), "tokenizer_config.json": Special("link", "a" * 300)}
 
 
+def with_normalizer(normalizer: object) -> Callable[[], Case]:
+    def case() -> Case:
+        files = hf_files()
+        document = json.loads(files["tokenizer.json"]) | {"normalizer": normalizer}
+        return {**files, "tokenizer.json": json.dumps(document).encode()}
+
+    return case
+
+
+# Of one character, a thousand times a thousand times a thousand.
+GROWING = {
+    "type": "Sequence",
+    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}] * 3,
+}
+
+
+def deep_configuration() -> Case:
+    """Deep enough for Python to read it and not to write it again, where the stack is a little higher."""
+    files = hf_files()
+    text = files["config.json"].decode()
+    return {**files, "config.json": (text[:-1] + ',"deep":' + "[" * 900 + "]" * 900 + "}").encode()}
+
+
 FOUND: dict[str, tuple[Callable[[], Case], str]] = {
     "a template's name is a list": (named_templates([]), "."),
     "a template's name is an object": (named_templates({}), "."),
     "an infinite token type": (infinite_token_type, "m.gguf"),
     "an infinite token type in JSON": (infinite_token_type_in_json, "m.apr"),
     "a link to a name that is too long": (long_link, "."),
+    "a normalizer that makes gigabytes of a word": (with_normalizer(GROWING), "."),
+    "JSON that is deep": (deep_configuration, "."),
 }
+
+
+def test_steps_of_published_tokenizers_are_few() -> None:
+    """SentencePiece's, Gemma's and Llama 3's: what they replace, put in front and take off."""
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    steps = [
+        back,
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    document = {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": "(?i:'s|'t)|\\p{L}+" * 40},
+            "behavior": "Isolated",
+        },
+        "decoder": {"type": "Sequence", "decoders": steps},
+    }
+    check_growth(document, "tokenizer.json")
+    with pytest.raises(
+        InputError, match=r"tokenizer\.json: the steps of normalizer are more than 64, or could"
+    ):
+        check_growth(document | {"normalizer": GROWING}, "tokenizer.json")
+    with pytest.raises(InputError, match="the steps of decoder"):
+        check_growth(
+            document | {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 65}},
+            "tokenizer.json",
+        )
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -70,7 +70,7 @@ def read_all(path: Path) -> tuple[str, list[str]]:
         attempt(lambda: vocabulary_from_folder(model_folder(artifact), artifact.config.vocab_size))
     tokenizer = attempt(lambda: load_tokenizer(artifact))
     if tokenizer is not None:
-        tokenizer.decode(tokenizer.encode("abc <tool>", add_special=True))
+        attempt(lambda: tokenizer.decode(tokenizer.encode("abc <tool>", add_special=True)))
         attempt(lambda: stop_tokens(artifact, tokenizer))
     for value in artifact.metadata.values():
         attempt(lambda value=value: list(value) if isinstance(value, Strings) else None)

@@ -19,6 +19,8 @@ from driftscope.errors import InputError
 # less than a gigabyte: a value of two characters becomes an object of a hundred bytes.
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_JSON_ITEMS = 4_000_000
+# Python's own limit differs between versions, and what reads and writes a document has one each.
+_MAX_JSON_DEPTH = 64
 
 # What is read from a model folder besides its weights.
 _BESIDE_WEIGHTS = (
@@ -190,7 +192,21 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(document, dict):
         raise InputError(f"{where}: expected a JSON object")
+    if _is_deep(document):
+        raise InputError(f"{where}: JSON in more than {_MAX_JSON_DEPTH} levels; expected fewer")
     return document
+
+
+def _is_deep(document: dict[str, Any]) -> bool:
+    level: list[Any] = [document]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+    return bool(level)
 
 
 @contextlib.contextmanager
