@@ -64,7 +64,7 @@ def keyed(key: str, value: Any) -> Change:
     return lambda artifact, facts: (model(artifact.config, {**GGUF, key: value}), facts)
 
 
-def with_tensors(change: Callable[[dict[str, TensorRef]], None]) -> Change:
+def with_tensors(change: Callable[[dict[str, TensorRef]], object]) -> Change:
     def apply(artifact: Artifact, facts: TokenizerFacts) -> tuple[Artifact, TokenizerFacts]:
         tensors = dict(artifact.tensors)
         change(tensors)

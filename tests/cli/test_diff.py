@@ -281,3 +281,22 @@ class TestEnding:
         os.close(main)
         assert b"comparing" in shown
         assert b"\x1b" not in out
+
+
+def test_one_flipped_bit_is_found_in_a_tensor_whose_error_is_that_of_its_format(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    flipped = tmp_path / "flipped.gguf"
+    flipped.write_bytes(models["q8_0"].read_bytes())
+    (tensor,) = [t for t in gguf.GGUFReader(models["q8_0"]).tensors if t.name == "blk.1.ffn_gate.weight"]
+    with flipped.open("r+b") as stream:
+        # Block 100, of 34 bytes: its scale is an f16, whose high byte holds the exponent from bit 2 on.
+        stream.seek(int(tensor.data_offset) + 34 * 100 + 1)
+        (byte,) = stream.read(1)
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 0x04]))
+    done = run(models["model"], flipped)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "✗ L1 mlp.gate_proj holds a flipped bit."
+    assert re.search(r"blocks +L1 mlp\.gate_proj, row 12, columns 128 to 159: bit 2 of byte 1", done.stdout)
+    assert run(models["model"], flipped, "--threshold", ".* nmse<1").returncode == 1

@@ -65,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model and others with one thing changed."""
     folder = tmp_path_factory.mktemp("models")
     tensors = tiny_model_tensors()
-    changed = {
+    changed: dict[str, dict[str, Any]] = {
         "model": {},
         "label": {"general__name": "another name", "general__file_type": 0},
         "theta": {"llama__rope__freq_base": 1000000.0},

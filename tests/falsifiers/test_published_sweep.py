@@ -145,7 +145,7 @@ def test_a_cosine_without_rounding_would_tell(
 
 
 def test_the_inventory_is_that_of_the_published_model(origin: dict[str, Any]) -> None:
-    # 28 layers of 7 projections, 3 biases, 2 norms; embedding, norm, head. Its makers say 7.61 billion values.
+    # 28 layers of 7 projections, 3 biases, 2 norms; embedding, norm, head. Its makers say 7.61 billion.
     counts = origin["inventory"]
     assert (counts["tensors"], counts["projections"], counts["biases"]) == (28 * 12 + 3, 28 * 7, 28 * 3)
     assert counts["values"] == 7_615_616_512

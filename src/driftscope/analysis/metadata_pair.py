@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from driftscope.analysis.inventory import inventory
+from driftscope.analysis.metadata import metadata_differences
 from driftscope.analysis.model_facts import SPECIAL, TokenizerFacts
-from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.model import Artifact, ModelConfig
 
 LISTED_TOKENS = 20
 LISTED_LINES = 200
@@ -27,17 +28,15 @@ def compare_metadata(
     Returns:
         ``same``: whether hyperparameters, tokens, special tokens and template agree, as far as both sides say
         anything; ``hyperparameters``: ``[{key, a, b, changes, matters}]``; ``tokenizer``: ``{key, a, b}`` of
-        its kind and flags; ``special``: ``{key, a, b}`` with ids; ``tokens``: ``{count_a, count_b, differing,
+        its kind and flags; ``special``: ``{key, a, b}`` with ids, of which
+        one that only one side names does not count; ``tokens``: ``{count_a, count_b, differing,
         first}``; ``template``: ``{equal, diff}`` with the lines of a unified diff, or None where neither side
         has one; ``keys``: raw keys of the container, only where both are of one kind: ``{only_a, only_b,
         unlike}``. Raw keys do not decide on ``same``: labels are among them, and what matters of them has
         been compared above.
     """
-    hyperparameters = [
-        item
-        for item in inventory(a, b)["metadata_differences"]
-        if item["changes"] not in ("tokens", "prompt") or item["key"] == "vocab_size"
-    ]
+    named = {field.name for field in fields(ModelConfig)}
+    hyperparameters = [item for item in metadata_differences(a, b) if item["key"] in named]
     both = tokenizer_a.kind is not None and tokenizer_b.kind is not None
     tokenizer = _tokenizer(tokenizer_a, tokenizer_b)
     special = _special(tokenizer_a, tokenizer_b) if both else []
@@ -46,7 +45,7 @@ def compare_metadata(
     same = not (
         hyperparameters
         or tokenizer
-        or special
+        or any(item["a"] and item["b"] for item in special)
         or (tokens is not None and tokens["differing"])
         or (template is not None and not template["equal"])
     )

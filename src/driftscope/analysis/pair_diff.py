@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from driftscope.analysis.sweep import (
     Band,
@@ -23,11 +23,15 @@ from driftscope.analysis.sweep import (
     summarise,
 )
 from driftscope.analysis.thresholds import Threshold, metric_of
+from driftscope.analysis.watched_kernels import WatchedKernels
 from driftscope.artifacts.model import Artifact
 from driftscope.errors import InputError
-from driftscope.kernels.device import Kernels
+from driftscope.kernels.device import Kernels, kernels_on
 
 SCHEMA_VERSION = 1
+
+CORRUPT = ("flipped-bit", "non-finite-scale")
+"""Findings in blocks that no format and no quantizer leaves, however small the error of the whole tensor."""
 
 Progress = Callable[[int, int], None]
 Document = dict[str, Any]
@@ -51,7 +55,7 @@ def diff_models(
         band: measured over expected NMSE that a format explains.
         only: compares the tensors in whose canonical or stored names it is found.
         thresholds: a tensor that one of them matches is judged by them and no longer by its relation; one
-            that was not compared, or holds a value that is not finite, never holds.
+            that was not compared, or holds a value that is not finite or a flipped bit, never holds.
         kernels: where to compare.
         progress: called with bytes done and bytes in all.
 
@@ -69,19 +73,24 @@ def diff_models(
         raise InputError(f"--only {only.pattern!r}: matches no name of {len(found)} tensors")
     matched = [_matched_by(threshold, chosen) for threshold in thresholds]
     total = sum(pair.nbytes for pair in chosen)
+    kernels = kernels or kernels_on("cpu")
     rows: list[Document] = []
+    off: list[Document] = []
     done = 0
     progress(0, total)
     for pair in chosen:
-        row = compare_tensor(pair.a, pair.b, tensor=pair.tensor, kernels=kernels)
+        watched = WatchedKernels(kernels)
+        row = compare_tensor(pair.a, pair.b, tensor=pair.tensor, kernels=cast(Kernels, watched))
+        off += watched.findings(pair.a, pair.b, pair.tensor)
         rows.append({**row, "stored_a": pair.a.stored_name, "stored_b": pair.b.stored_name})
         done += pair.nbytes
         progress(done, total)
     relations = relate(rows, listed, band, a, b, kernels=kernels)
     summary = summarise(rows, listed, relations)
+    summary["block_findings"] = off
     summary["share"] = _share(found, chosen)
     bounds = _bounds(thresholds, matched, rows)
-    tensors = _judged(rows, relations, bounds)
+    tensors = _judged(rows, relations, bounds, off)
     document = {
         "schema_version": SCHEMA_VERSION,
         "a": _described(a),
@@ -165,8 +174,11 @@ def _bounds(
     ]
 
 
-def _judged(rows: Sequence[Document], relations: Relations, bounds: Sequence[Document]) -> list[Document]:
+def _judged(
+    rows: Sequence[Document], relations: Relations, bounds: Sequence[Document], off: Sequence[Document]
+) -> list[Document]:
     """The rows with their relation, by what each was judged and whether it holds."""
+    corrupt = {item["tensor"]: item["kind"] for item in off if item["kind"] in CORRUPT}
     bounded = {name for bound in bounds for name in bound["matched"]}
     broken = {name for bound in bounds for name in bound["broken"]}
     by_tensor = relations.by_tensor
@@ -183,7 +195,8 @@ def _judged(rows: Sequence[Document], relations: Relations, bounds: Sequence[Doc
                 "nmse_over_expected": metric_of(row, "nmse_over_expected"),
                 **{key: relation[key] for key in ("relation", "kind", "transforms", "expected", "evidence")},
                 "judged_by": by,
-                "holds": holds,
+                "corrupt": corrupt.get(name),
+                "holds": holds and name not in corrupt,
             }
         )
     return judged
@@ -196,7 +209,7 @@ def _holds(summary: Document, listed: Document, tensors: Sequence[Document]) -> 
     if any(row["judged_by"] == "threshold" for row in tensors):
         whole = summary["conclusion"] not in ("failure", "incomplete")
         return whole and all(row["holds"] for row in tensors)
-    return bool(summary["holds"])
+    return bool(summary["holds"]) and all(row["holds"] for row in tensors)
 
 
 def _worst_first(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ def print_diff(document: dict[str, Any], limit: int, page: Path | None = None) -
     """Print a diff: the worst tensors that are not identical, what is not in the table, the conclusion."""
     from rich.console import Console
 
-    from driftscope.report.diff_words import metadata_words, share_words
+    from driftscope.report.diff_words import metadata_words, share_words, short_name
     from driftscope.report.text import counted
 
     console = Console(highlight=False)
@@ -46,7 +46,7 @@ def print_diff(document: dict[str, Any], limit: int, page: Path | None = None) -
     def line(name: str, text: str, style: str = "") -> None:
         console.print(f"{name:<10} {plain(text)}", markup=False, style=style, soft_wrap=True)
 
-    counts = summary["relation_counts"]
+    counts = summary["kind_counts"]
     coverage = summary["coverage"]
     if counts:
         line("relations", ", ".join(f"{count} {name}" for name, count in counts.items()))
@@ -64,8 +64,11 @@ def print_diff(document: dict[str, Any], limit: int, page: Path | None = None) -
             line(title, ", ".join(names[:5]) + more, "red" if key == "missing" else "")
     for item in listed["metadata_differences"]:
         line("metadata", metadata_words(item), "yellow")
-    for finding in summary.get("block_findings", []):
-        line("blocks", finding["statement"], "yellow")
+    findings = summary["block_findings"]
+    for finding in findings[:limit]:
+        line("blocks", f"{short_name(finding['tensor'])}, {finding['statement']}", "yellow")
+    if len(findings) > limit:
+        line("blocks", f"{len(findings) - limit} more")
     if page is not None:
         line("page", str(page))
     mark, style = ("✓", "bold green") if document["holds"] else ("✗", "bold red")
@@ -85,7 +88,7 @@ def _diff_table(rows: list[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from driftscope.report.diff_words import short_name
+    from driftscope.report.diff_words import short_name, short_relation
 
     wide, wider = width >= 110, width >= 140
     columns: list[tuple[str, bool]] = [
@@ -112,7 +115,7 @@ def _diff_table(rows: list[dict[str, Any]], width: int) -> Any:
             "" if row["holds"] else "✗",
             row["tensor"] if wider else short_name(row["tensor"]),
             row["dtype_a"] if row["dtype_a"] == row["dtype_b"] else f"{row['dtype_a']}→{row['dtype_b']}",
-            row["relation"],
+            row["relation"] if wide else short_relation(row),
             figure(row["nmse"]),
             figure(row["nmse_over_expected"]),
             figure(row["max_diff"]),

@@ -143,14 +143,12 @@ def print_comparison(found: Mapping[str, Any]) -> None:
             counted(len(found[key]), name)
             for key, name in (
                 ("hyperparameters", "hyperparameter"),
-                (
-                    "tokenizer",
-                    "property of the tokenizer",
-                ),
-                ("special", "special token"),
+                ("tokenizer", "property of the tokenizer"),
             )
             if found[key]
         ]
+        special = sum(bool(item["a"] and item["b"]) for item in found["special"])
+        parts += [counted(special, "special token")] if special else []
         parts += [counted(tokens["differing"], "token")] if tokens and tokens["differing"] else []
         parts += ["the chat template"] if template and not template["equal"] else []
         line(f"✗ The metadata differ: {', '.join(parts)}.", "bold red")

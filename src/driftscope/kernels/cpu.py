@@ -18,6 +18,7 @@ class CpuKernels:
     device_name = ""
 
     def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
         self.quantize_activation = partial(activations.quantize_activation, threads=threads)
         self.matmul_f32_quantized = partial(matmul.matmul_f32_quantized, threads=threads)
         self.matmul_quantized = partial(matmul.matmul_quantized, threads=threads)

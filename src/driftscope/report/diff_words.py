@@ -42,10 +42,18 @@ def relation_words(relation: str, n: int = 1) -> str:
     """What a relation means."""
     how, under, transform = relation.partition("-under:")
     if under:
-        return f"{_CLEAN.get(how, how)} under {transform.replace('-', ' ').replace('+', ' and ')}"
+        return f"{'' if how == 'equal' else f'{_CLEAN.get(how, how)}, '}the same values under {transform}"
     if relation in _UNEXPECTED:
         return _UNEXPECTED[relation][n != 1]
     return _CLEAN.get(relation, relation.replace("-", " "))
+
+
+def short_relation(row: Mapping[str, Any]) -> str:
+    """A relation for a narrow column: where a transform stands out, that transform."""
+    transforms = "+".join(row["transforms"])
+    if row["kind"] == "transformed":
+        return transforms
+    return f"equal ({transforms})" if row["kind"] == "equal-under" else str(row["relation"])
 
 
 def sentence(document: Mapping[str, Any]) -> str:
@@ -80,24 +88,28 @@ def sentence(document: Mapping[str, Any]) -> str:
 def _unexpected(bad: Sequence[Mapping[str, Any]], n: int) -> str:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in bad:
-        groups.setdefault("threshold" if row["judged_by"] == "threshold" else row["relation"], []).append(row)
+        by = "corrupt" if row["corrupt"] else "threshold" if row["judged_by"] == "threshold" else row["kind"]
+        groups.setdefault(by, []).append(row)
     worst = f", the worst of them {short_name(bad[0]['tensor'])}" if len(bad) > 1 else ""
     if len(groups) == 1:
         subject = short_name(bad[0]["tensor"]) if len(bad) == 1 else f"{len(bad)} of {counted(n, 'tensor')}"
-        return f"{subject} {_verb(bad[0], len(bad))}{worst}."
-    *first, last = [f"{len(rows)} {_verb(rows[0], len(rows))}" for rows in groups.values()]
+        return f"{subject} {_verb(bad)}{worst}."
+    *first, last = [f"{len(rows)} {_verb(rows)}" for rows in groups.values()]
     return f"Of {counted(n, 'tensor')} {', '.join(first)} and {last}{worst}."
 
 
-def _verb(row: Mapping[str, Any], n: int) -> str:
+def _verb(rows: Sequence[Mapping[str, Any]]) -> str:
+    row, one = rows[0], len(rows) == 1
+    if row["corrupt"]:
+        return f"{'holds' if one else 'hold'} a {row['corrupt'].replace('-', ' ')}"
     if row["judged_by"] == "threshold":
-        return "breaks a threshold" if n == 1 else "break a threshold"
-    words = relation_words(row["relation"], n)
-    return (
-        words
-        if row["kind"] in _UNEXPECTED
-        else f"{'is' if n == 1 else 'are'} {words}, which nothing declares"
-    )
+        return "breaks a threshold" if one else "break a threshold"
+    if row["kind"] != "transformed":
+        return relation_words(row["relation"], len(rows))
+    names = list(dict.fromkeys("+".join(item["transforms"]) for item in rows))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    under = f"{', '.join(names[:3])}{more}"
+    return f"{'is' if one else 'are'} the same only under {under}, which nothing declares"
 
 
 def _expected(tensors: Sequence[Mapping[str, Any]]) -> str:

@@ -1,0 +1,57 @@
+"""Kernels that keep the errors of blocks and rows of a comparison, in the same pass."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from driftscope.artifacts.tensor import TensorRef
+from driftscope.kernels.compare import TensorComparison
+from driftscope.kernels.cpu import CpuKernels
+from driftscope.kernels.device import Kernels
+
+if TYPE_CHECKING:
+    from driftscope.kernels.block_errors import BlockErrors
+
+
+class WatchedKernels:
+    """The kernels of a device; on the CPU a comparison of whole tensors keeps its errors by block.
+
+    Only `compare` is watched, all else is that of the device.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._errors: list[BlockErrors] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def compare(
+        self, a_raw: Any, a_dtype: str, b_raw: Any, b_dtype: str, *, rows_a: Any = None, rows_b: Any = None
+    ) -> TensorComparison:
+        """See `driftscope.kernels.compare.compare`: the same figures."""
+        if not isinstance(self._kernels, CpuKernels):
+            return self._kernels.compare(a_raw, a_dtype, b_raw, b_dtype, rows_a=rows_a, rows_b=rows_b)
+        from driftscope.kernels.block_errors import compare_blocks
+
+        compared, errors = compare_blocks(
+            *(a_raw, a_dtype, b_raw, b_dtype),
+            rows_a=rows_a,
+            rows_b=rows_b,
+            threads=self._kernels.threads,
+        )
+        self._errors.append(errors)
+        return compared
+
+    def findings(self, a: TensorRef, b: TensorRef, tensor: str) -> list[dict[str, Any]]:
+        """What blocks and rows of the tensor that was compared are off, worst first.
+
+        A tensor that was compared in parts, because a container adds a constant to it, is not looked into.
+        """
+        from driftscope.analysis.block_findings import findings
+
+        if len(self._errors) != 1:
+            return []
+        found = findings(a, b, self._errors[0], tensor=tensor)
+        return [{**asdict(item), "columns": list(item.columns)} for item in found.findings]
