@@ -295,6 +295,16 @@ def test_a_tensor_of_the_model_without_values(tmp_path: Path) -> None:
         open_artifact(_model(tmp_path, empty))
 
 
+def test_a_folder_with_one_file(tmp_path: Path) -> None:
+    """As a source that names a whole repository brings it."""
+    path = _model(tmp_path, _hf_names("llama"))
+    (tmp_path / "README.md").write_text("A model.")
+    assert open_artifact(tmp_path).files == (path,)
+    (tmp_path / "other.apr").write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="no safetensors file"):
+        open_artifact(tmp_path)
+
+
 def test_a_corrupt_model_is_refused_unless_it_is_known_to_be_good(tmp_path: Path) -> None:
     path = _model(tmp_path, _hf_names("llama"))
     data = bytearray(path.read_bytes())

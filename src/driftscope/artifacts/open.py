@@ -49,9 +49,9 @@ def open_artifact(
     is another question: `driftscope.artifacts.complete.check_complete`.
 
     Args:
-        path: a GGUF file or any part of a split one, an .apr file, a folder with safetensors and
-            ``config.json``, a safetensors file with ``config.json`` beside it, or a pattern of the shell that
-            matches the files of one model.
+        path: a GGUF file or any part of a split one, an .apr file, a folder with one of these or with
+            safetensors and ``config.json``, a safetensors file with ``config.json`` beside it, or a pattern
+            of the shell that matches the files of one model.
         verified: the checksum that an .apr file ends with has been verified since the file was written;
             otherwise all of the file is read.
         progress: called with (bytes read, bytes in all) while a checksum is verified.
@@ -65,7 +65,10 @@ def open_artifact(
         return _open_several(path, files)
     path = files[0] if files else path
     if is_folder(path):
-        return _open_folder(path)
+        alone = _only_apr_file(path)
+        if alone is None:
+            return _open_folder(path)
+        path = alone
     if regular_file_size(path) >= len(MAGIC):
         try:
             with path.open("rb") as stream:
@@ -119,6 +122,14 @@ def _open_gguf(path: Path) -> Artifact:
             tensors.append(replace(part, rope_heads=n_heads, value_offset=offset))
     config = with_stored_factors(config, {tensor.name: tensor for tensor in tensors}, file.metadata, where)
     return assembled(file.path, "gguf", config, tensors, unmapped, file.files, file.metadata)
+
+
+def _only_apr_file(folder: Path) -> Path | None:
+    """The .apr file of a folder that holds one and no other model."""
+    models = [file for file in list_folder(folder) if file.suffix in (".apr", ".gguf", ".safetensors")]
+    if len(models) != 1 or models[0].suffix != ".apr":
+        return None
+    return member(folder, models[0].name)
 
 
 def _open_folder(folder: Path) -> Artifact:
