@@ -12,7 +12,7 @@ from typing import Any
 
 from driftscope.artifacts.names import layer_of
 from driftscope.report import text
-from driftscope.report.diff_words import metadata_words, relation_words, sentence, share_words, short_name
+from driftscope.report.diff_words import metadata_words, sentence, share_words, short_name, short_relation
 
 _FOLDER = Path(__file__).parent
 
@@ -27,6 +27,9 @@ _MARKS = {"good": "✓", "fine": "≈", "mixed": "◐", "bad": "✗"}
 
 STEPS = (0.25, 0.5, 0.9, 1.1, 1.6, 4.0, 16.0)
 """Measured over expected error at which the heat map changes its colour."""
+
+# How a transform was looked for; what was found is in the other figures.
+_SEARCHED = ("alternatives", "best_alternative", "compared")
 
 _CELL, _GAP, _LEFT, _TOP, _FOOT = 16, 2, 132, 4, 34
 
@@ -57,7 +60,7 @@ def render_diff(document: Mapping[str, Any]) -> str:
         short=short_name,
         chip=chip_of,
         mark=lambda kind: _MARKS[chip_of(kind)],
-        relation=relation_words,
+        relation=short_relation,
         metadata=metadata_words,
         sortable=_sortable,
     )
@@ -88,7 +91,9 @@ def evidence_words(row: Mapping[str, Any]) -> str:
     """What the choice of a relation rests on, beside what the table has in its columns."""
     shown = {"nmse", "expected_nmse", "nmse_over_expected", "cosine_similarity"}
     items = {
-        key: value for key, value in row["evidence"].items() if key not in shown and value not in (None, 0)
+        key: value
+        for key, value in row["evidence"].items()
+        if key not in shown and value not in (None, 0) and not key.startswith(_SEARCHED)
     }
     parts = []
     for key, value in items.items():

@@ -107,9 +107,12 @@ def _verb(rows: Sequence[Mapping[str, Any]]) -> str:
     if row["kind"] != "transformed":
         return relation_words(row["relation"], len(rows))
     names = list(dict.fromkeys("+".join(item["transforms"]) for item in rows))
+    if all(name.startswith("other-layer(") for name in names):
+        layer = names[0].removeprefix("other-layer(").rstrip(")")
+        return f"holds the values of layer {layer}" if one else "hold the values of other layers"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     under = f"{', '.join(names[:3])}{more}"
-    return f"{'is' if one else 'are'} the same only under {under}, which nothing declares"
+    return f"{'is' if one else 'are'} the same only under {under} (declared nowhere)"
 
 
 def _expected(tensors: Sequence[Mapping[str, Any]]) -> str:
