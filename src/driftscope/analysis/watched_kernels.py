@@ -47,8 +47,8 @@ class WatchedKernels:
     def findings(self, a: TensorRef, b: TensorRef, tensor: str) -> list[dict[str, Any]]:
         """What blocks and rows of the tensor that was compared are off, worst first.
 
-        A tensor that was compared in parts, because a container adds a constant to it, is not looked into, nor
-        one that was decoded to floats on the way: it has no bytes whose bits could be off.
+        A tensor that was compared in parts, because a container adds a constant to it, is not looked into,
+        nor one that was decoded to floats on the way: it has no bytes whose bits could be off.
         """
         from driftscope.analysis.block_findings import findings
 
