@@ -15,6 +15,7 @@ from driftscope.analysis.outside_cells import outside_cells
 from driftscope.analysis.pairs import undone
 from driftscope.analysis.rounded_copy import is_float, is_rounded_copy
 from driftscope.analysis.tensor_rows import spans, stored_bytes
+from driftscope.analysis.usual_error import usual_nmse
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.kernels.compare import TensorComparison, merge
 from driftscope.kernels.dequantize import dequantize
@@ -107,7 +108,7 @@ def compare_tensor(
         "bit_identical": bit_identical,
         "same_bytes": bit_identical and _same_bytes(a, b),
         "rounded_copy": not bit_identical and _is_rounded(a, b, found),
-        "expected_nmse": found.expected_nmse,
+        "expected_nmse": usual_nmse(b) if found.expected_nmse is None else found.expected_nmse,
         "outside_count": outside,
         "cell_count": in_sample,
         "status": published_status(found.max_diff, found.compared_count, non_finite),
