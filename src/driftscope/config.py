@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from driftscope.analysis.default_band import DEFAULT_BAND
 from driftscope.errors import InputError
 
 PATHS = ("teacher.f32", "candidate.f32", "candidate.int8-dot")
@@ -109,7 +110,7 @@ class SweepSpec(_Section):
             description="measured over expected NMSE within which a tensor counts as quantized from the "
             "other; a judgement: editing it compares nothing anew"
         ),
-    ] = (0.0, 1.6)
+    ] = DEFAULT_BAND
 
 
 class TraceSpec(_Section):
