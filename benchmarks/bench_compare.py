@@ -9,15 +9,18 @@ time is the sum over the pieces of the shortest of a few, so that other work on 
     python benchmarks/bench_compare.py --full FOLDER
 
 With ``--full`` a pair of 7B models (15.2 GB and 4.7 GB) is made in FOLDER, compared by ``driftscope diff``
-and removed; its time is set against that of reading both files once through a memory map, and its memory
-beyond the page cache is watched.
+and removed. Its time is set against that of reading both files once: into a small buffer, and through a
+memory map with the same threads; cold, when no page of them is in memory, and warm, when memory holds them,
+which it must be large enough for. Seconds of the processor are told too: they depend less on what else runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -37,6 +41,7 @@ from driftscope.kernels.parallel import over_rows
 PIECES, ROWS, COLUMNS, REPEATS = 24, 512, 7168, 7
 THREADS = (1, 2)
 _READ_AT_ONCE = 1 << 26
+_COPIED_AT_ONCE = 1 << 23
 
 Piece = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
@@ -110,9 +115,9 @@ def read_files(files: Sequence[Path], threads: int) -> float:
     return time.perf_counter() - start
 
 
-def watched(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds of a command, and the most bytes of memory that it held beyond pages of files."""
-    start = time.perf_counter()
+def watched(command: Sequence[str]) -> tuple[float, float, int]:
+    """Seconds of a command, those of the processor, and the most bytes it held beyond pages of files."""
+    start, before = time.perf_counter(), processor_seconds(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     status = Path(f"/proc/{process.pid}/status")
     peak = 0
@@ -124,32 +129,83 @@ def watched(command: Sequence[str]) -> tuple[float, int]:
         peak = max(peak, int(found[1]) * 1024 if found else 0)
         time.sleep(0.02)
     process.wait()
-    return time.perf_counter() - start, peak
+    used = processor_seconds(resource.RUSAGE_CHILDREN) - before
+    return time.perf_counter() - start, used, peak
 
 
-def full(folder: Path, threads: int, shape: synthetic.Shape) -> dict[str, float]:
-    """Compare a pair of whole models; the pair is removed afterwards."""
+def processor_seconds(who: int = resource.RUSAGE_SELF) -> float:
+    """Seconds of the processor so far, the system's share included."""
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Drop the pages of some files from memory, so that they are read from the disk again."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def copy_out(files: Sequence[Path]) -> float:
+    """Seconds to read some files in order into one small buffer, as a checksum would."""
+    start = time.perf_counter()
+    buffer = bytearray(_COPIED_AT_ONCE)
+    for file in files:
+        with open(file, "rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def full(
+    folder: Path, threads: Sequence[int], shape: synthetic.Shape, repeats: int, states: Sequence[str]
+) -> dict[str, object]:
+    """Compare a pair of whole models, from the disk and from memory; the pair is removed afterwards."""
     folder.mkdir(parents=True, exist_ok=False)
     try:
         teacher, candidate = folder / "teacher", folder / "candidate.gguf"
         start = time.perf_counter()
         synthetic.write_candidate(candidate, shape)
         synthetic.write_teacher(teacher, shape)
-        writing = time.perf_counter() - start
+        figures: dict[str, object] = {"full_seconds_to_write": round(time.perf_counter() - start, 1)}
         files = [*sorted(teacher.glob("*.safetensors")), candidate]
-        program = [sys.executable, "-m", "driftscope.cli", "diff", "--json", "--threads", str(threads)]
-        reading = [read_files(files, threads)]
-        comparing, peak = watched([*program, str(teacher), str(candidate)])
-        reading.append(read_files(files, threads))
-        return {
-            "full_threads": threads,
-            "full_gigabytes": round(sum(file.stat().st_size for file in files) / 1e9, 2),
-            "full_seconds_to_write": round(writing, 1),
-            "full_seconds_to_read": round(min(reading), 2),
-            "full_seconds_to_compare": round(comparing, 2),
-            "full_times_reading": round(comparing / min(reading), 2),
-            "full_peak_gigabytes_beyond_page_cache": round(peak / 1e9, 3),
-        }
+        figures["full_gigabytes"] = round(sum(file.stat().st_size for file in files) / 1e9, 2)
+        for state in states:
+            times: dict[str, list[float]] = {}
+            used: dict[str, list[float]] = {}
+            peak = 0
+            for _ in range(repeats):
+                works: dict[str, Callable[[], Any]] = {"read": partial(copy_out, files)}
+                for count in threads:
+                    program = [sys.executable, "-m", "driftscope.cli", "diff", "--json"]
+                    command = [*program, "--threads", str(count), str(teacher), str(candidate)]
+                    works[f"mapped_{count}"] = partial(read_files, files, count)
+                    works[f"diff_{count}"] = partial(watched, command)
+                for name, work in works.items():
+                    if state == "cold":
+                        forget(files)
+                    before = processor_seconds()
+                    found = work()
+                    of_processor = processor_seconds() - before
+                    if isinstance(found, tuple):
+                        found, of_processor, most = found
+                        peak = max(peak, most)
+                    times.setdefault(name, []).append(found)
+                    used.setdefault(name, []).append(of_processor)
+                    print(state, name, round(found, 2), round(of_processor, 2), file=sys.stderr, flush=True)
+            for name in times:
+                figures[f"{state}_{name}_seconds"] = [round(t, 2) for t in times[name]]
+                figures[f"{state}_{name}_processor_seconds"] = [round(t, 2) for t in used[name]]
+            for count in threads:
+                diff = min(times[f"diff_{count}"])
+                for way in ("read", f"mapped_{count}"):
+                    figures[f"{state}_diff_{count}_over_{way}"] = round(diff / min(times[way]), 2)
+            figures[f"{state}_peak_gigabytes_beyond_page_cache"] = round(peak / 1e9, 3)
+        return figures
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -159,11 +215,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", type=Path, help="compare whole models, made in this new folder")
     parser.add_argument("--layers", type=int, default=28, help="of the whole models")
-    parser.add_argument("--threads", type=int, default=2, help="for the whole models")
+    parser.add_argument("--vocab", type=int, default=152064, help="of the whole models")
+    parser.add_argument("--states", nargs="+", default=["cold", "warm"], help="of the whole models' files")
+    parser.add_argument("--repeats", type=int, default=2, help="of each time, for the whole models")
     arguments = parser.parse_args()
     figures: dict[str, object] = {"benchmark": "compare"}
     if arguments.full:
-        figures |= full(arguments.full, arguments.threads, synthetic.Shape(layers=arguments.layers))
+        shape = synthetic.Shape(layers=arguments.layers, vocab=arguments.vocab)
+        figures |= full(arguments.full, THREADS, shape, arguments.repeats, arguments.states)
     else:
         for dtype in ("Q4_K", "Q6_K"):
             figures |= of_format(dtype)
