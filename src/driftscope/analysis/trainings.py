@@ -77,9 +77,13 @@ class Difference:
 
 
 def matrices(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the matrices that were compared and are finite: what the distribution is over."""
+    """Rows of the matrices that can be judged: compared, finite, and of a format whose error is known."""
     return [
-        row for row in rows if "x" in row["shape_a"] and row["compared_count"] == row["element_count"] > 0
+        row
+        for row in rows
+        if "x" in row["shape_a"]
+        and row["compared_count"] == row["element_count"] > 0
+        and (row["expected_nmse"] is not None or row["dtype_b"] in ("F32", "F64") or not row["nmse"])
     ]
 
 
