@@ -193,6 +193,16 @@ def test_longrope_that_makes_no_sense(tmp_path: Path, lists: dict[str, list[floa
         ("gemma2", {"attention__sliding_window_pattern": [True]}, "pattern has 1 values; expected 2"),
         ("gemma2", {"attention__sliding_window_pattern": -1}, "pattern is -1; expected a whole number"),
         ("gemma2", {"rope__dimension_count": 8}, "gemma2.rope.dimension_count is 8; expected the head size"),
+        (
+            "gemma3",
+            {"attention__key_length_swa": 8},
+            "gemma3.attention.key_length_swa is 8; expected the head",
+        ),
+        (
+            "gemma3",
+            {"rope__dimension_count_swa": 8},
+            "gemma3.rope.dimension_count_swa is 8; expected that of",
+        ),
         ("phi3", {"rope__dimension_count": 7}, "RoPE turns 7 channels of a head; expected an even number"),
         ("phi3", {"rope__dimension_count": 32}, "RoPE turns 32 channels of a head; expected an even number"),
     ],

@@ -156,6 +156,29 @@ def test_parts_of_fused_tensors_are_their_rows(tmp_path: Path, architecture: str
         assert np.array_equal(up.raw().view("<f4"), tensors["blk.0.ffn_up.weight"][INNER:])
 
 
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "phi3"])
+def test_a_folder_of_any_architecture_may_have_fused_matrices(tmp_path: Path, architecture: str) -> None:
+    model = save_tiny_model(tmp_path / "apart", architecture)
+    state = canonical_state(model)
+    for layer in range(model.config.num_hidden_layers):
+        for whole, sites in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+            module = whole.split(".")[0]
+            for kind in ("weight", "bias"):
+                names = [f"model.layers.{layer}.{module}.{site}_proj.{kind}" for site in sites]
+                if names[0] in state:
+                    fused = torch.cat([state.pop(name) for name in names])
+                    state[f"model.layers.{layer}.{whole}_proj.{kind}"] = fused
+    (tmp_path / "fused").mkdir()
+    shutil.copy(tmp_path / "apart" / "config.json", tmp_path / "fused")
+    safetensors.torch.save_file(state, tmp_path / "fused" / "model.safetensors")
+    apart, fused = open_artifact(tmp_path / "apart"), open_artifact(tmp_path / "fused")
+    check_complete(fused)
+    assert list(fused.tensors) == list(apart.tensors)
+    for name, tensor in fused.tensors.items():
+        assert np.array_equal(tensor.raw(), apart.tensors[name].raw()), name
+        assert applied(tensor) == (() if tensor.stored_name == name else ("split",))
+
+
 def test_parts_of_a_fused_tensor_of_blocks(tmp_path: Path) -> None:
     tensors = tiny_tensors("qwen3", fused=True)
     kind = gguf.GGMLQuantizationType.Q8_0

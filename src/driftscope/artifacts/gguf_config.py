@@ -94,15 +94,20 @@ def config_from_gguf(
                 f"{stored}.attention.head_count {num_heads}"
             )
         head_dim = hidden_size // num_heads
-    if keys.count("attention.value_length", default=head_dim) != head_dim:
-        raise InputError(
-            f"{where}: {stored}.attention.value_length is {keys.get('attention.value_length')}; "
-            f"expected the head size, {head_dim}"
-        )
+    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
+        if keys.count(key, default=head_dim) != head_dim:
+            raise InputError(
+                f"{where}: {stored}.{key} is {keys.get(key)}; expected the head size, {head_dim}"
+            )
     rotary_dim = keys.count("rope.dimension_count", default=head_dim)
     if rotary_dim != head_dim and architecture != "phi3":
         raise InputError(
             f"{where}: {stored}.rope.dimension_count is {rotary_dim}; expected the head size, {head_dim}"
+        )
+    if keys.count("rope.dimension_count_swa", default=rotary_dim) != rotary_dim:
+        raise InputError(
+            f"{where}: {stored}.rope.dimension_count_swa is {keys.get('rope.dimension_count_swa')}; "
+            f"expected that of all layers, {rotary_dim}"
         )
     num_layers = checked_layers(keys.count("block_count"), where)
     window, sliding_layers = _windows(keys, architecture, num_layers)
