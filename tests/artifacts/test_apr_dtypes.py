@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from tests.helpers import apr_bytes
 
+from driftscope.artifacts import apr_dtypes
 from driftscope.artifacts.apr_dtypes import (
     NAMES,
     AprTensor,
@@ -210,3 +212,60 @@ def test_formats_that_each_dtype_is_read_as() -> None:
         "F32": "F32", "F16": "F16", "F64": "F64", "BF16": "BF16", "I32": "F64", "I64": "F64", "I8": "F32",
         "U8": "F32", "AprQ4": "Q4_0", "AprQ8": "Q8_K", "Q4_K": "Q4_K", "Q6_K": "Q6_K",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["AprQ4", "AprQ8", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("columns", [300, 40])
+def test_the_error_that_stored_steps_usually_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, columns: int
+) -> None:
+    """Measured: of normal values that are quantized by the plain packing, or by ggml."""
+    import libgguf
+
+    values = np.random.Generator(np.random.Philox(8)).standard_normal((64, columns), dtype=np.float32)
+    if kind.startswith("Apr"):
+        packed = {"AprQ4": apr_bytes.apr_q4, "AprQ8": apr_bytes.apr_q8}[kind](values)
+    else:
+        code = {"Q4_K": 12, "Q6_K": 14}[kind]
+        padded = np.zeros((64, -(-columns // 256) * 256), np.float32)
+        padded[:, :columns] = values
+        out = np.empty((64, padded.shape[1] // 256 * {12: 144, 14: 210}[code]), np.uint8)
+        libgguf.quantize_rows_into_raw(code, padded, out, 64, padded.shape[1])
+        packed = code, values.shape, out.tobytes()
+    ref = _ref(tmp_path, *packed)
+    assert isinstance(ref, AprTensor)
+    expected = ref.usual_nmse()
+    monkeypatch.setattr(apr_dtypes, "_VALUES_AT_ONCE", 32 * 25)
+    assert ref.usual_nmse() == pytest.approx(expected, rel=1e-12)
+    measured = float(np.sum((_values(ref).astype(np.float64) - values) ** 2) / np.sum(values**2.0))
+    assert expected is not None
+    assert 0.7 < measured / expected < 1.3
+
+
+def test_integers_leave_no_error(tmp_path: Path) -> None:
+    ref = _ref(tmp_path, 6, (2, 2), b"\x01\x02\x03\x04")
+    assert isinstance(ref, AprTensor)
+    assert ref.usual_nmse() is None
+    zeros = _ref(tmp_path, 129, (1, 4), struct.pack("<f", 1.0) + bytes(4))
+    assert isinstance(zeros, AprTensor)
+    assert zeros.usual_nmse() is None
+
+
+@pytest.mark.parametrize(
+    ("code", "data"),
+    [
+        (128, struct.pack("<e", float("inf")) + bytes(range(16))),
+        (128, struct.pack("<e", float("nan")) + bytes([0x88] * 16)),
+        (129, struct.pack("<f", float("inf")) + bytes(20)),
+        (12, b"\xff" * 144),
+        (14, b"\xff" * 210),
+    ],
+)
+def test_scales_that_are_not_finite(tmp_path: Path, code: int, data: bytes) -> None:
+    """The values are what they are, without a warning; nothing is predicted of them."""
+    ref = _ref(tmp_path, code, (1, 20), data)
+    assert isinstance(ref, AprTensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not np.isfinite(_values(ref)).all()
+        assert ref.usual_nmse() is None

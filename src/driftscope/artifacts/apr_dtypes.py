@@ -7,7 +7,7 @@ has one scale for all of it, rows of K-quants are padded to whole blocks, and in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 
@@ -53,6 +53,8 @@ _SCALE_BYTES = 4
 
 # Blocks of AprQ4 that are unpacked at a time, so that memory beside the result stays small.
 _Q4_BLOCKS_AT_ONCE = 2**18
+# Values of which the steps are looked at, at a time; a multiple of 32.
+_VALUES_AT_ONCE = 2**22
 # float64 holds every whole number up to here.
 _MAX_WHOLE = 2**53
 
@@ -123,20 +125,69 @@ class AprTensor(TensorRef):
         elif self.stored_dtype in _INTEGERS:
             found = self._whole_numbers(stored).view(np.uint8)
         else:
-            found = self._without_padding(stored)
+            found = self._k_values(np.ascontiguousarray(stored.reshape(self.n_rows, -1))).view(np.uint8)
         return found.reshape(self.n_rows, -1)
+
+    def usual_nmse(self) -> float | None:
+        """The NMSE of values rounded to the steps that are stored: a twelfth of a step's square for each.
+
+        Returns:
+            None for integers, which are no quantization, and where all values are zero.
+        """
+        if self.stored_dtype in _INTEGERS:
+            return None
+        energy = signal = 0.0
+        for steps, values in self._steps_and_values():
+            energy += _squares(steps) / 12.0
+            signal += _squares(values)
+        return energy / signal if signal > 0 and np.isfinite(energy / signal) else None
+
+    def _steps_and_values(self) -> Iterator[tuple[F32, F32]]:
+        """Step of each value, and the values, a bounded number at a time."""
+        stored = self.stored_bytes()
+        if self.stored_dtype == APR_Q8:
+            scale, quants = stored[:_SCALE_BYTES], stored[_SCALE_BYTES:]
+            for start in range(0, quants.size, _VALUES_AT_ONCE):
+                values = dequantize_q8(np.concatenate((scale, quants[start : start + _VALUES_AT_ONCE])))
+                yield np.full_like(values, scale.view("<f4")[0]), values
+        elif self.stored_dtype == APR_Q4:
+            size = _VALUES_AT_ONCE // _Q4_BLOCK * _Q4_BLOCK_BYTES
+            for start in range(0, stored.size, size):
+                part = stored[start : start + size]
+                count = min(_VALUES_AT_ONCE, self.n_elements - start // _Q4_BLOCK_BYTES * _Q4_BLOCK)
+                steps = np.repeat(_q4_scales(part.reshape(-1, _Q4_BLOCK_BYTES)), _Q4_BLOCK)
+                yield steps[:count], dequantize_q4(part, count)
+        else:
+            rows = stored.reshape(self.n_rows, -1)
+            count = max(1, _VALUES_AT_ONCE // self.shape[-1])
+            for start in range(0, self.n_rows, count):
+                part = np.ascontiguousarray(rows[start : start + count])
+                yield self._k_steps(part), self._k_values(part)
+
+    def _k_steps(self, rows: U8) -> F32:
+        """Step of each value of a K-quant's rows, ``float32[n, columns]``."""
+        from driftscope.kernels.formats import format_of
+        from driftscope.kernels.unpack import UnpackedRows, check_raw
+
+        layout = format_of(self.stored_dtype)
+        raw, columns = check_raw(rows, self.stored_dtype)
+        unpacked = UnpackedRows.empty(layout, rows.shape[0], columns)
+        unpacked.fill(raw, 0, rows.shape[0])
+        with np.errstate(invalid="ignore"):
+            scales = np.repeat(unpacked.d, layout.block_size // layout.sub_block, axis=1) * unpacked.scales
+        return np.asarray(np.repeat(scales, layout.sub_block, axis=1)[:, : self.shape[-1]], dtype=np.float32)
+
+    def _k_values(self, rows: U8) -> F32:
+        """Values of a K-quant's rows without their padding, ``float32[n, columns]``."""
+        from driftscope.kernels.dequantize import dequantize
+
+        return np.ascontiguousarray(dequantize(rows, self.stored_dtype)[:, : self.shape[-1]])
 
     def _whole_numbers(self, stored: U8) -> NDArray[np.generic]:
         values = stored.view(_INTEGERS[self.stored_dtype])
         if self.stored_dtype == "I64" and (np.abs(values.clip(-_MAX_WHOLE - 1)) > _MAX_WHOLE).any():
             raise InputError(f"{self.file}: {self.stored_name} holds whole numbers beyond 2^53")
         return values.astype("<f8" if self.dtype == "F64" else "<f4")
-
-    def _without_padding(self, stored: U8) -> U8:
-        from driftscope.kernels.dequantize import dequantize
-
-        values = dequantize(np.ascontiguousarray(stored.reshape(self.n_rows, -1)), self.stored_dtype)
-        return np.ascontiguousarray(values[:, : self.shape[-1]]).view(np.uint8)
 
 
 def apr_tensor(ref: TensorRef) -> TensorRef:
@@ -167,7 +218,8 @@ def dequantize_q4(stored: U8, count: int) -> F32:
     for start in range(0, blocks.shape[0], _Q4_BLOCKS_AT_ONCE):
         part = blocks[start : start + _Q4_BLOCKS_AT_ONCE]
         nibbles = _nibbles(part).astype(np.float32)
-        values[start : start + part.shape[0]] = (nibbles - 8) * _q4_scales(part)
+        with np.errstate(invalid="ignore"):
+            values[start : start + part.shape[0]] = (nibbles - 8) * _q4_scales(part)
     return values.reshape(-1)[:count]
 
 
@@ -264,6 +316,10 @@ def _q8_k_of_apr_q8(stored: U8) -> U8:
     sums = quants.view(np.int8).reshape(-1, 16, 16).sum(axis=2, dtype=np.int16)
     out[:, 4 + _K_BLOCK :] = sums.astype("<i2").view(np.uint8)
     return out.reshape(-1)
+
+
+def _squares(values: F32) -> float:
+    return float(np.sum(values.astype(np.float64) ** 2))
 
 
 def _scales(largest: F32, levels: int) -> F32:
