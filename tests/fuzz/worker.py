@@ -87,14 +87,17 @@ def _values(ref: TensorRef) -> None:
 
 
 def limited(step: Callable[[], Any]) -> Any:
-    """Run a step; `TooSlow` once it has taken too long, and the end of the process if it does not notice."""
-    faulthandler.dump_traceback_later(3 * MAX_SECONDS, exit=True)
+    """Run a step; `TooSlow` once it has taken too long, and the end of the process if it does not notice.
+
+    Nobody handles the second timer's signal: it ends a process that is inside a library for too long.
+    """
     signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, 3 * MAX_SECONDS)
     try:
         return step()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def problem_of(path: Path) -> tuple[str, str | None, float]:
