@@ -105,3 +105,12 @@ def test_a_flipped_bit_is_one_line(folder: Path, tmp_path: Path) -> None:
         assert (code, out) == (2, "")
         assert "m.apr: the checksum of the file is" in err
         assert err.count("\n") == 1
+
+
+def test_diff_of_matrices_that_are_read_as_f32(folder: Path, tmp_path: Path) -> None:
+    """Rows that are no whole blocks have their steps too, of the whole tensor."""
+    save_tiny_model(tmp_path / "hf", "llama")
+    assert _run("convert", tmp_path / "hf", tmp_path / "q8.apr", "--quantize", "AprQ8")[0] == 0
+    code, out, _ = _run("diff", tmp_path / "hf", tmp_path / "q8.apr", "--json")
+    assert code == 0
+    assert json.loads(out)["summary"]["relation_counts"] == {"identical": 7, "quantized-from": 14}
