@@ -68,7 +68,8 @@ def sentence(document: Mapping[str, Any]) -> str:
     if summary["conclusion"] == "failure":
         return "Nothing was compared."
     if summary["conclusion"] == "different-weights":
-        return summary["statement"] or "Other weights: the two are different trainings."
+        statement = summary["statement"] or "Other weights: the two are different trainings"
+        return f"{statement.rstrip('.')}."
     if summary["conclusion"] == "incomplete":
         missing = len(listed["missing"])
         parts = [f"{missing} missing"] if missing else []
