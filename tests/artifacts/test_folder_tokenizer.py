@@ -380,3 +380,20 @@ def test_bad_companions_are_refused(name: str, content: dict[str, Any], message:
     (folder / name).write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         tokenizer_from_folder(folder, SIZE + 2)
+
+
+def test_runs_of_spaces_are_the_same_tokens_everywhere(tmp_path: Path) -> None:
+    """Gemma's runs: found whole by sentencepiece and in llama.cpp's files, merged by transformers."""
+    model = trained(dummy_prefix=False, symbols=True)
+    document = _json_of(model, prefix=False, symbols=True)
+    folder = _folder(tmp_path, document, SPECIAL | {"tokenizer_class": "GemmaTokenizer"}, "gemma2")
+    hugging_face = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = tokenizer_from_folder(folder, SIZE + 2, "gemma2")
+    # As llama.cpp's converter writes it.
+    converted = tokenizer_from_vocabulary(spm_vocabulary(model, symbols=True, add_space_prefix=False), "here")
+    source = processor(model)
+    for count in range(2, 41):
+        text = f"a{' ' * count}b"
+        expected = source.encode(text)
+        assert ours.encode(text) == hugging_face.encode(text, add_special_tokens=False) == expected
+        assert converted.encode(text) == expected
