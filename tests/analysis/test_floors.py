@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -40,7 +41,8 @@ def fitted(scores: list[float], sizes: list[int] | None = None, **options: objec
 def test_every_op_of_the_architecture_has_a_kind() -> None:
     from tests.analysis.tiny_configs import llama
 
-    ops = (embedding_op(llama()), *layer_ops(llama()), *head_ops(llama()))
+    config = dataclasses.replace(llama(), post_norms=True)
+    ops = (embedding_op(config), *layer_ops(config), *head_ops(config))
     assert tuple(op.tap for op in ops) == tuple(OP_KINDS)
 
 

@@ -18,7 +18,7 @@ from driftscope.analysis.arithmetic_guess import (
 )
 from driftscope.artifacts.model import Artifact
 from driftscope.engines.trace import Trace
-from driftscope.forward.architecture import layer_ops
+from driftscope.forward.architecture import layer_ops, score_scale
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.evaluate import DeclaredOps, Value
@@ -97,7 +97,7 @@ def _others(
         return flat(inputs[name])
 
     value = flat(standard)
-    scale = config.head_dim**-0.5
+    scale = score_scale(config)
     match tap:
         case "attn_norm" | "ffn_norm":
             source = inputs["layer_input" if tap == "attn_norm" else "post_attn_residual"]

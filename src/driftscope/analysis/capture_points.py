@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from driftscope.analysis.first_divergence import ALPHA, Flag
 from driftscope.analysis.floors import Floors
 from driftscope.engines.trace import PARTS
-from driftscope.forward.architecture import Op, embedding_op, head_ops, layer_ops, op_order, tap_name
+from driftscope.forward.architecture import (
+    Op,
+    embedding_op,
+    head_ops,
+    layer_ops,
+    norm_tensor,
+    op_order,
+    score_scale,
+    tap_name,
+)
 from driftscope.forward.evaluate import Value
 from driftscope.forward.policy import WHOLE_MODEL
 
@@ -41,10 +50,7 @@ more."""
 SAME = 1e-3
 """NMSE below which a recorded tap is taken to be the value that stands somewhere else."""
 
-_NORM_WEIGHTS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+_NORMS = ("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm", "final_norm")
 
 
 @dataclass(frozen=True)
@@ -248,17 +254,16 @@ class _Test:
             if text:
                 piece = part if name in PARTS else ""
                 yield text, trial.op(at, name, piece).declared
-        if tap in _NORM_WEIGHTS or tap == "final_norm":
-            stem = "model.norm" if tap == "final_norm" else f"model.layers.{layer}.{_NORM_WEIGHTS[tap]}"
-            weight = _vector(self._given, f"{stem}.weight")
+        if tap in _NORMS:
+            weight = _norm_weight(self._given, layer, tap)
             with np.errstate(divide="ignore", invalid="ignore"):
                 yield "before the norm's weight", np.where(weight != 0, replay.declared / weight, 0)
         if tap == "attn_scores":
-            yield "before the scale", _times(replay.declared, config.head_dim**0.5)
+            yield "before the scale", _times(replay.declared, 1 / score_scale(config))
         if tap == "q_post_rope":
-            yield "after the scale of the scores", _times(replay.declared, config.head_dim**-0.5)
+            yield "after the scale of the scores", _times(replay.declared, score_scale(config))
         if tap in ("q_post_rope", "k_post_rope") and config.qk_norm:
-            weight = _vector(self._given, f"model.layers.{layer}.self_attn.{tap[0]}_norm.weight")
+            weight = _norm_weight(self._given, layer, tap)
             yield "after the head norm, before RoPE", self._head_norm(replay, weight)
         if tap == "post_ffn_residual" and layer == 0 and self.trace.has(WHOLE_MODEL, "embedding"):
             yield "of the layer before", self.trace.tap(WHOLE_MODEL, "embedding")
@@ -298,7 +303,11 @@ _BEFORE = {
     ("qkv_bias", "qkv_matmul"): "before the bias",
     ("q_post_rope", "qkv_bias"): "before RoPE",
     ("k_post_rope", "qkv_bias"): "before RoPE",
+    ("post_attn_norm", "attn_out"): "before the norm",
+    ("post_ffn_norm", "ffn_out"): "before the norm",
     ("post_attn_residual", "attn_out"): "before the residual",
+    ("post_attn_residual", "post_attn_norm"): "before the residual",
+    ("post_ffn_residual", "post_ffn_norm"): "before the residual",
     ("post_attn_residual", "layer_input"): "at the input of the layer",
     ("post_ffn_residual", "ffn_out"): "before the residual",
     ("post_ffn_residual", "post_attn_residual"): "before the MLP",
@@ -313,6 +322,10 @@ _AFTER = {
     ("qkv_matmul", "qkv_bias"): "after the bias",
     ("qkv_bias", "q_post_rope"): "after RoPE",
     ("qkv_bias", "k_post_rope"): "after RoPE",
+    ("attn_out", "post_attn_norm"): "after the norm",
+    ("ffn_out", "post_ffn_norm"): "after the norm",
+    ("post_attn_norm", "post_attn_residual"): "after the residual",
+    ("post_ffn_norm", "post_ffn_residual"): "after the residual",
     ("attn_out", "post_attn_residual"): "after the residual",
     ("attn_out", "ffn_norm"): "after the residual and the norm",
     ("ffn_out", "post_ffn_residual"): "after the residual",
@@ -411,8 +424,9 @@ def _times(value: Any, factor: float) -> Any:
     return value * np.float32(factor)
 
 
-def _vector(replayer: Replayer, name: str) -> NDArray[np.float64]:
+def _norm_weight(replayer: Replayer, layer: int, tap: str) -> NDArray[np.float64]:
+    """What a norm multiplies by."""
     from driftscope.forward.weights import Weights
 
-    length = replayer.own.tensors[name].shape[0]
-    return Weights(replayer.own).vector(name, length).astype(np.float64)
+    name = norm_tensor(replayer.config, layer, tap)
+    return Weights(replayer.own).norm(name, replayer.own.tensors[name].shape[0]).astype(np.float64)

@@ -78,21 +78,25 @@ class _Layer:
     def __init__(self, trace: Trace, layer: int) -> None:
         self.trace = trace
         self.layer = layer
+        self.gemma = str(trace.manifest.model.get("architecture", "")).startswith("gemma")
         arithmetic = trace.manifest.arithmetic
         self.kv_type = "f32" if arithmetic is None else arithmetic.policy.kv_type
         self.dtype = self._guessed() if arithmetic is None else arithmetic.dtype
 
     def checks(self) -> Iterator[dict[str, Any]]:
         """Every identity whose taps are there."""
+        attended, moved = ("post_attn_norm", "post_ffn_norm") if self.gemma else ("attn_out", "ffn_out")
+        function = "gelu" if self.gemma else "silu"
+        activation, gated = (_gelu, _geglu) if self.gemma else (_silu, _swiglu)
         for tap, sources, name, work in (
-            ("post_attn_residual", ("layer_input", "attn_out"), "layer_input + attn_out", np.add),
-            ("post_ffn_residual", ("post_attn_residual", "ffn_out"), "post_attn_residual + ffn_out", np.add),
-            ("ffn_silu", ("ffn_gate",), "silu(ffn_gate)", _silu),
+            ("post_attn_residual", ("layer_input", attended), f"layer_input + {attended}", np.add),
+            ("post_ffn_residual", ("post_attn_residual", moved), f"post_attn_residual + {moved}", np.add),
+            ("ffn_silu", ("ffn_gate",), f"{function}(ffn_gate)", activation),
             ("ffn_swiglu", ("ffn_silu", "ffn_up"), "ffn_silu * ffn_up", np.multiply),
-            ("ffn_swiglu", ("ffn_gate", "ffn_up"), "silu(ffn_gate) * ffn_up", _swiglu),
+            ("ffn_swiglu", ("ffn_gate", "ffn_up"), f"{function}(ffn_gate) * ffn_up", gated),
         ):
             # The product is checked in two steps where the first was recorded.
-            skipped = work is _swiglu and self._has("ffn_silu")
+            skipped = work is gated and self._has("ffn_silu")
             if self._has(tap) and all(map(self._has, sources)) and not skipped:
                 yield self._elementwise(tap, sources, name, work)
         yield from self._attention()
@@ -114,7 +118,9 @@ class _Layer:
                 reading = (
                     f"{tap} equals {source}: one was recorded at the other's place, or the op is missing"
                 )
-        return self._check(tap, name, nmse, self.dtype, reading)
+        # llama.cpp looks GELU up in a table of float16.
+        table = work in (_gelu, _geglu) and self.trace.manifest.engine.get("name") == "llama.cpp"
+        return self._check(tap, name, nmse, "f16" if table else self.dtype, reading)
 
     def _attention(self) -> Iterator[dict[str, Any]]:
         if not self._has("attn_softmax"):
@@ -195,6 +201,14 @@ def _silu(x: F64) -> F64:
 
 def _swiglu(gate: F64, up: F64) -> F64:
     return np.asarray(_silu(gate) * up)
+
+
+def _gelu(x: F64) -> F64:
+    return float64.gelu(x)
+
+
+def _geglu(gate: F64, up: F64) -> F64:
+    return np.asarray(_gelu(gate) * up)
 
 
 def _softmax(scores: NDArray[Any], seen: F64) -> F64:

@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import ROPE_FREQS
 from driftscope.artifacts.tensor import TensorRef
-from driftscope.forward.architecture import site_shape, site_tensor
+from driftscope.forward.architecture import norm_tensor, site_shape, site_tensor
 from driftscope.forward.arithmetic import Arithmetic
 from driftscope.forward.batch import TokenBatch
-from driftscope.forward.rotary import exact_frequencies
+from driftscope.forward.rotary import Rotations, rotary_dim
 from driftscope.forward.weights import Weights
 from driftscope.kernels import float64
 from driftscope.kernels.activations import QuantizedActivation, quantize_activation
@@ -56,31 +56,29 @@ UNIT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 
 COMPONENTS = ("engine", "arithmetic", "model")
 
+_CAP_ROUNDINGS = 4
+"""Roundings of a quotient, a hyperbolic tangent and a product, the tangent's to two of its steps."""
+
 _LEAST = 1e-6
 """Part of the mean that each token and channel is expected to have at least."""
 
 _ONE_FLIP = 0.02
 """Part of an activation's quantization error that few flips of it may come to."""
 
-_ENGINE_ROUNDINGS = {
-    "attn_norm": 4,
-    "ffn_norm": 4,
-    "final_norm": 4,
-    "ffn_silu": 4,
-}
+_NORMS = ("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm", "final_norm")
+
+_ENGINE_ROUNDINGS = {**dict.fromkeys(_NORMS, 4), "ffn_silu": 4}
 """Roundings an output of an op without a sum, in all; 1 where it is not listed."""
 
 _NARROW_ROUNDINGS = {
-    "attn_norm": 2,
-    "ffn_norm": 2,
-    "final_norm": 2,
+    **dict.fromkeys(_NORMS, 2),
     "q_post_rope": 4,
     "k_post_rope": 4,
     "attn_scores": 2,
 }
 """Roundings to a narrow dtype by which an engine may be off from one at the end of the op; 1 where it is not
 listed. transformers rounds before the norm's weight, and scores before they are scaled; it rounds cosine,
-sine and both products of RoPE."""
+sine and both products of RoPE, and each of the three steps of a cap."""
 
 _SITES = {"attn_out": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_out": "down", "lm_head": "lm_head"}
 _MATMUL_INPUT = {
@@ -188,6 +186,7 @@ class Noise:
         batch: TokenBatch,
         *,
         fused_attention: bool = False,
+        table_gelu: bool = False,
         threads: int = 1,
     ) -> None:
         """Prepare.
@@ -198,6 +197,7 @@ class Noise:
             batch: the tokens.
             fused_attention: the engine sums attention block by block in a type as narrow as its values
                 (llama.cpp's flash attention over a float16 cache).
+            table_gelu: the engine looks GELU up by a float16, and has a float16 of it (llama.cpp).
             threads: number of threads; the result does not depend on it.
         """
         self._own = own
@@ -207,8 +207,12 @@ class Noise:
         self._policy = arithmetic.policy
         self._batch = batch
         self._fused = fused_attention
+        self._table_gelu = table_gelu
         self._threads = threads
         self._roundoff = UNIT["f32"] ** 2 * ROUND
+        half = rotary_dim(own.config) // 2
+        factors = self._weights.vector(ROPE_FREQS, half) if ROPE_FREQS in own.tensors else None
+        self._rotations = Rotations(own.config, factors, exact=True)
 
     def predict(
         self,
@@ -239,8 +243,10 @@ class Noise:
             source = _MATMUL_INPUT[tap]
             lost = inherited.get(source, {}).get("engine")
             found = self._product(layer, site, inputs[source], energy, components, lost)
+            if tap == "lm_head" and self._config.logit_softcap:
+                found = {name: self._capped(spread, output, energy) for name, spread in found.items()}
         elif tap == "attn_scores":
-            found = self._scores(inputs["q_post_rope"], inputs["k_post_rope"], energy)
+            found = self._scores(inputs["q_post_rope"], inputs["k_post_rope"], output, energy)
         elif tap == "attn_softmax":
             found = self._softmax(inputs["attn_scores"], output)
         elif tap == "attention":
@@ -248,12 +254,14 @@ class Noise:
             of_weights = inherited.get("attn_softmax", {})
             found = self._weighted(inputs["attn_softmax"], values, output, energy, of_weights)
         else:
-            found = self._elementwise(layer, tap, part, inputs, energy)
+            found = self._elementwise(layer, tap, part, inputs, output, energy)
         unit = UNIT[self._arithmetic.dtype]
         if self._arithmetic.dtype != "f32":
             flips = _flips(found["engine"], energy, unit)
             rounding = ROUND * unit**2 * energy
-            found["engine"] = found["engine"] + flips + _NARROW_ROUNDINGS.get(tap, 1) * rounding
+            caps = {"attn_scores": self._config.attention_softcap, "lm_head": self._config.logit_softcap}
+            roundings = _NARROW_ROUNDINGS.get(tap, 1) + (3 if caps.get(tap) else 0)
+            found["engine"] = found["engine"] + flips + roundings * rounding
             found["arithmetic"] = found["arithmetic"] + rounding
         chosen = {name: found[name] for name in components}
         for name, spread in chosen.items():
@@ -325,7 +333,16 @@ class Noise:
         """Roundings of sums of random terms; see the module's description."""
         return self._roundoff * (additions * ((1 / 3) * energy + (1 / 6) * terms) + energy)
 
-    def _scores(self, q: Tap, k: Tap, energy: Spread) -> dict[str, Spread]:
+    def _capped(self, spread: Spread, logits: Tap, energy: Spread) -> Spread:
+        """An error before a cap, behind it: less where the cap is near; and the roundings of the cap."""
+        assert not isinstance(logits, list)
+        assert spread.by_sequence is not None
+        slopes = _cap_slopes(logits, self._config.logit_softcap)
+        rows = _grouped(slopes, self._batch) / np.diff(self._batch.boundaries)[:, None]
+        passed = Spread.of(spread.per_token * np.mean(slopes, axis=1), spread.by_sequence * rows)
+        return passed + _CAP_ROUNDINGS * self._roundoff * energy
+
+    def _scores(self, q: Tap, k: Tap, output: Tap, energy: Spread) -> dict[str, Spread]:
         assert not isinstance(q, list)
         assert not isinstance(k, list)
         heads, width = self._config.num_heads, self._config.head_dim
@@ -333,8 +350,16 @@ class Noise:
         q2 = _squares(q).reshape(q.shape[0], heads, width)
         k2 = np.repeat(_squares(k).reshape(k.shape[0], -1, width), group, axis=1)
         sums = np.concatenate([np.cumsum(k2[tokens], axis=0) for tokens in self._batch.slices])
-        terms_of = Spread.of_values(np.sum(q2 * sums, axis=2) / width, self._batch)
+        scale = self._config.attention_scale
+        products = np.sum(q2 * sums, axis=2)
+        terms = products / width if scale is None else products * scale**2
+        cap = self._config.attention_softcap
+        if cap:
+            terms = terms * np.concatenate([_mean_slopes(part, heads, cap) for part in output])
+        terms_of = Spread.of_values(terms, self._batch)
         engine = self._sum(width, terms_of, energy) + self._roundoff * terms_of
+        if cap:
+            engine = engine + _CAP_ROUNDINGS * self._roundoff * energy
         arithmetic = engine
         if self._policy.kv_type == "f16":
             arithmetic = engine + 2 * ROUND * UNIT["f16"] ** 2 * terms_of
@@ -413,26 +438,25 @@ class Noise:
         return np.asarray(relative * np.repeat(shape, counts, axis=0))
 
     def _elementwise(
-        self, layer: int, tap: str, part: str, inputs: Mapping[str, Tap], energy: Spread
+        self, layer: int, tap: str, part: str, inputs: Mapping[str, Tap], output: Tap, energy: Spread
     ) -> dict[str, Spread]:
         """Ops without a long sum: roundings of their outputs."""
         engine = self._roundoff * _ENGINE_ROUNDINGS.get(tap, 1) * energy
         model = engine
         if tap in ("q_post_rope", "k_post_rope"):
             # What is rounded before the two of a pair are mixed lies in both.
-            engine = self._roundoff * 3 * self._of_pairs(energy) + self._turns(inputs["qkv_bias"], tap[0])
+            # What is turned is as large as what it becomes.
+            before = output if self._config.post_norms else self._slice(inputs["qkv_bias"], tap[0])
+            engine = self._roundoff * 3 * self._of_pairs(energy) + self._turns(layer, before)
             if self._config.qk_norm:
                 engine = engine + 4 * self._roundoff * energy
-            model = engine + self._of_vector(
-                f"model.layers.{layer}.self_attn.{tap[0]}_norm.weight", energy, self._config.qk_norm
-            )
-        elif tap in ("attn_norm", "ffn_norm", "final_norm"):
-            name = {
-                "attn_norm": f"model.layers.{layer}.input_layernorm.weight",
-                "ffn_norm": f"model.layers.{layer}.post_attention_layernorm.weight",
-                "final_norm": "model.norm.weight",
-            }[tap]
-            model = engine + self._of_vector(name, energy)
+            name = norm_tensor(self._config, layer, tap)
+            model = engine + self._of_vector(name, energy, self._config.qk_norm)
+        elif tap in _NORMS:
+            model = engine + self._of_vector(norm_tensor(self._config, layer, tap), energy)
+        elif tap == "ffn_silu" and self._config.activation == "gelu_tanh":
+            lost = self._gelu(inputs["ffn_gate"], output)
+            return {"engine": engine + lost, "arithmetic": engine, "model": engine}
         elif tap == "qkv_bias" and self._config.attention_bias:
             name = site_tensor(self._config, layer, part).removesuffix("weight") + "bias"
             ref = self._own.tensors[name]
@@ -442,8 +466,26 @@ class Noise:
         elif tap == "embedding":
             ref = self._own.tensors["model.embed_tokens.weight"]
             cells = cell_energy_of_rows(np.ascontiguousarray(ref.raw()[self._batch.ids]), ref.dtype)
-            model = engine + Spread.of_values(cells, self._batch)
+            model = engine + Spread.of_values(cells * self._config.embedding_scale**2, self._batch)
+            if self._config.embedding_scale != 1:
+                engine, model = engine + self._roundoff * energy, model + self._roundoff * energy
         return {"engine": engine, "arithmetic": engine, "model": model}
+
+    def _gelu(self, gate: Tap, output: Tap) -> Spread:
+        """What GELU loses beyond the roundings of its result.
+
+        ``1 + tanh(u)`` cancels where u is far below zero: what is left is off by a rounding of 1, times half
+        of the argument. A table adds the roundings of argument and result to its type.
+        """
+        assert not isinstance(gate, list)
+        assert not isinstance(output, list)
+        x2, y2 = _squares(gate), _squares(output)
+        found = self._roundoff * x2 / 2
+        if self._table_gelu:
+            # The slope is 1.13 at most.
+            slope = np.minimum(1.3, np.divide(y2, x2, out=np.ones_like(x2), where=x2 > 0) + 0.3 * (x2 < 9))
+            found = found + ROUND * UNIT["f16"] ** 2 * (y2 + slope * x2)
+        return Spread.of_values(found, self._batch)
 
     def _shaped(self, per_token: F64, like: Spread) -> Spread:
         """Energies of tokens, divided over the channels as another's are."""
@@ -454,12 +496,18 @@ class Noise:
         )
 
     def _of_pairs(self, energy: Spread) -> Spread:
-        """Half of the energy of a pair for each of its two channels."""
+        """Half of the energy of a pair for each of its two channels; that of channels that stay, as it is."""
         assert energy.by_sequence is not None
         rows = energy.by_sequence
-        pairs = rows.reshape(rows.shape[0], -1, 2, self._config.head_dim // 2)
-        mean = np.broadcast_to(np.mean(pairs, axis=2, keepdims=True), pairs.shape)
-        return Spread.of(energy.per_token, np.ascontiguousarray(mean).reshape(rows.shape))
+        mean, rest = self._mean_of_pairs(rows)
+        return Spread.of(energy.per_token, np.concatenate([mean, mean, rest], axis=2).reshape(rows.shape))
+
+    def _mean_of_pairs(self, rows: F64) -> tuple[F64, F64]:
+        """Means of the two channels of each pair that turns, and the channels that do not, head by head."""
+        half = rotary_dim(self._config) // 2
+        heads = rows.reshape(rows.shape[0], -1, self._config.head_dim)
+        pairs = heads[:, :, : 2 * half].reshape(*heads.shape[:2], 2, half)
+        return np.mean(pairs, axis=2), heads[:, :, 2 * half :]
 
     def _of_vector(self, name: str, energy: Spread, present: bool = True) -> Spread:
         """What storing a norm's weights leaves: the relative error of each, or their mean over heads."""
@@ -467,30 +515,29 @@ class Noise:
             return 0.0 * energy
         ref = self._own.tensors[name]
         cells = cell_energy_of_rows(ref.raw(), ref.dtype).reshape(-1)
-        values = np.square(self._weights.vector(name, cells.size).astype(np.float64))
+        values = np.square(self._weights.norm(name, cells.size).astype(np.float64))
         relative = np.divide(cells, values, out=np.zeros_like(cells), where=values > 0)
         assert energy.by_sequence is not None
         rows = energy.by_sequence * np.resize(relative, energy.per_channel.size)
         share = float(np.sum(rows)) / max(energy.total, 1e-300)
         return Spread.of(energy.per_token * share, rows)
 
-    def _turns(self, qkv: Tap, site: str) -> Spread:
+    def _turns(self, layer: int, turned: Tap) -> Spread:
         """What the roundings of an angle leave.
 
         They are those of the frequency and of the product and, in engines that multiply their way from pair
         to pair, i times that of the ratio at pair i.
         """
-        assert not isinstance(qkv, list)
-        half = self._config.head_dim // 2
-        factors = self._weights.vector(ROPE_FREQS, half) if ROPE_FREQS in self._own.tensors else None
-        frequencies = exact_frequencies(self._config, factors)
-        pairs = np.arange(half, dtype=np.float64)
+        assert not isinstance(turned, list)
+        frequencies = self._rotations.of_tokens(layer, self._batch)
+        pairs = np.arange(frequencies.shape[1], dtype=np.float64)
         # An angle beyond a turn is wrong by a turn at most.
-        angle = self._batch.positions[:, None] * frequencies[None, :]
+        angle = self._batch.positions[:, None] * frequencies
         error = np.minimum(np.square(angle) * self._roundoff * (2 + pairs + pairs * pairs), 2.0)
-        squares = _squares(self._slice(qkv, site)).reshape(angle.shape[0], -1, 2, half)
-        each = np.broadcast_to(np.sum(squares, axis=2, keepdims=True) / 2, squares.shape)
-        return Spread.of_values((each * error[:, None, None, :]).reshape(angle.shape[0], -1), self._batch)
+        mean, rest = self._mean_of_pairs(_squares(turned))
+        each = mean * error[:, None, :]
+        energies = np.concatenate([each, each, np.zeros_like(rest)], axis=2)
+        return Spread.of_values(energies.reshape(turned.shape), self._batch)
 
     def _slice(self, qkv: Tap, site: str) -> NDArray[Any]:
         assert not isinstance(qkv, list)
@@ -516,6 +563,20 @@ class Noise:
             counts = heads * (self._batch.positions + 1).astype(np.float64)
             relative = errors.per_token / counts
         return self._shaped(energy.per_token * relative, energy)
+
+
+def _cap_slopes(capped: NDArray[Any], cap: float | None) -> F64:
+    """Squared slopes of a soft cap at what it gave."""
+    assert cap
+    return np.square(1.0 - np.minimum(_squares(capped) / cap**2, 1.0))
+
+
+def _mean_slopes(scores: NDArray[Any], heads: int, cap: float) -> F64:
+    """Mean squared slopes of a soft cap over the keys that a query may see, ``float64[t, heads]``."""
+    length = scores.shape[0]
+    slopes = _cap_slopes(scores, cap).reshape(length, heads, length)
+    seen = np.tri(length)[:, None, :]
+    return np.asarray(np.sum(slopes * seen, axis=2) / np.sum(seen, axis=2))
 
 
 def _canonical(ref: TensorRef) -> NDArray[np.uint8]:

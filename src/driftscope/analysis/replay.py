@@ -27,6 +27,7 @@ from driftscope.forward.architecture import (
     embedding_op,
     head_ops,
     layer_ops,
+    norm_tensor,
     op_order,
     site_shape,
     site_tensor,
@@ -45,22 +46,23 @@ Place = tuple[int, str, str]
 
 _EMBEDDING = "model.embed_tokens.weight"
 
+_TABLE_GELU = "llama.cpp"
+"""Engine that looks GELU up in a table."""
+
+_NORM_NUMBERS = ("rms_norm_eps", "norm_offset")
+_ROPE_NUMBERS = ("rope_theta", "rope_scaling", "local_rope_theta", "rotary_dim", "sliding_layers")
 _HYPERPARAMETERS = {
-    "attn_norm": ("rms_norm_eps",),
-    "ffn_norm": ("rms_norm_eps",),
-    "final_norm": ("rms_norm_eps",),
-    "q_post_rope": ("rope_theta", "rope_scaling", "rms_norm_eps"),
-    "k_post_rope": ("rope_theta", "rope_scaling", "rms_norm_eps"),
-    "attn_softmax": ("sliding_window",),
+    "embedding": ("embedding_scale",),
+    **dict.fromkeys(
+        ("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm", "final_norm"), _NORM_NUMBERS
+    ),
+    **dict.fromkeys(("q_post_rope", "k_post_rope"), (*_ROPE_NUMBERS, *_NORM_NUMBERS)),
+    "attn_scores": ("attention_scale", "attention_softcap"),
+    "attn_softmax": ("sliding_window", "sliding_layers"),
+    "ffn_silu": ("activation",),
+    "lm_head": ("logit_softcap",),
 }
 """Hyperparameters that an op reads, beside those that all artifacts of a model share."""
-
-_NORMS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "q_post_rope": "self_attn.q_norm",
-    "k_post_rope": "self_attn.k_norm",
-}
 
 
 class _AnyEvaluator(Protocol):
@@ -218,7 +220,14 @@ class Replayer:
             self._sides["reference"] = _Side(ExactOps(reference, threads=threads))
         options = trace.manifest.engine.get("options")
         fused = isinstance(options, Mapping) and bool(options.get("flash_attention"))
-        self._noise = Noise(own, self.arithmetic, self.batch, fused_attention=fused, threads=threads)
+        self._noise = Noise(
+            own,
+            self.arithmetic,
+            self.batch,
+            fused_attention=fused,
+            table_gelu=trace.manifest.engine.get("name") == _TABLE_GELU,
+            threads=threads,
+        )
         self._recorded: dict[tuple[int, str], Value] = {}
         self._inherited: dict[tuple[int, str], dict[str, Spread]] = {}
         self._ops = {(WHOLE_MODEL, op.tap): op for op in (embedding_op(self.config), *head_ops(self.config))}
@@ -393,14 +402,12 @@ class Replayer:
         op = self._ops[layer, tap]
         if tap == "embedding":
             return [_EMBEDDING]
-        if tap == "final_norm":
-            return ["model.norm.weight"]
         if tap == "qkv_bias":
             sites = [part] if part else ["q", "k", "v"]
             names = [site_tensor(artifact.config, layer, site) for site in sites]
             return [name.removesuffix("weight") + "bias" for name in names if self.config.attention_bias]
-        if tap in _NORMS and "norms" in op.sites:
-            names = [f"model.layers.{layer}.{_NORMS[tap]}.weight"]
+        if "norms" in op.sites:
+            names = [norm_tensor(artifact.config, layer, tap)]
         else:
             sites = [part] if part else [site for site in op.sites if site in MATMUL_SITES]
             names = [site_tensor(artifact.config, layer, site) for site in sites]
@@ -502,6 +509,8 @@ def _same_bytes(a: Artifact, b: Artifact, name_a: str, name_b: str) -> bool:
     x, y = a.tensors.get(name_a), b.tensors.get(name_b)
     if x is None or y is None:
         return x is y
+    if x.value_offset != y.value_offset:
+        return False
     if (x.file, x.offset, x.dtype, x.shape) == (y.file, y.offset, y.dtype, y.shape):
         return True
     if (x.dtype, x.shape, x.rope_heads) != (y.dtype, y.shape, y.rope_heads):

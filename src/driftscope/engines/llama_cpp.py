@@ -145,7 +145,7 @@ def trace(
             },
             arithmetic=arithmetic,
             capture_points=capture_points(batch.longest, options),
-            absent=absent_taps(options),
+            absent=absent_taps(options, artifact.config.architecture),
         )
     )
 

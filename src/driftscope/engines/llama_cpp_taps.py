@@ -17,7 +17,7 @@ from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.engines.llama_cpp_graph import GraphTensor
 from driftscope.engines.llama_cpp_session import LlamaCppOptions
 from driftscope.errors import InputError
-from driftscope.forward.architecture import SITE_TENSORS, site_tensor
+from driftscope.forward.architecture import SITE_TENSORS, site_shape, site_tensor
 from driftscope.forward.policy import WHOLE_MODEL
 
 F32 = NDArray[np.float32]
@@ -35,9 +35,10 @@ class Source:
         part: ``q``, ``k`` or ``v`` of a tap that is stored in parts.
         operand: the tap is this operand of the op, not its result.
         rows_of: the channels lie in the order of the rows of this site's stored weight.
+        cut: the tap is the channels of this site, of a product with several sites' weights in one.
         form: ``rows`` for ``[tokens, channels]``; ``heads`` for ``[tokens, heads, head_dim]``; ``softmax``
             for ``[heads, queries, keys]`` with keys beyond the sequence; ``scores`` for the same, before the
-            scale, which llama.cpp applies inside its softmax.
+            scale, which llama.cpp applies inside its softmax where it has not scaled q.
     """
 
     tap: str
@@ -47,6 +48,7 @@ class Source:
     part: str = ""
     operand: int | None = None
     rows_of: str = ""
+    cut: str = ""
     form: str = "rows"
 
 
@@ -87,14 +89,45 @@ def _in_blocks(permuted: bool) -> tuple[Source, ...]:
     )
 
 
+def _replaced(sources: tuple[Source, ...], *others: Source) -> tuple[Source, ...]:
+    """Sources, of which those of the others' taps give way to the others."""
+    taps = {source.tap for source in others}
+    return (*(source for source in sources if source.tap not in taps), *others)
+
+
+_GEMMA = _replaced(
+    (*_WHOLE, *_in_blocks(permuted=False)),
+    Source("embedding", "SCALE", name="inp_scaled"),
+    Source("post_attn_norm", "MUL", weight="blk.{layer}.post_attention_norm.weight"),
+    Source("post_attn_residual", "ADD", name="sa_out-{layer}"),
+    Source("ffn_swiglu", "GEGLU", name="ffn_geglu-{layer}"),
+    Source("post_ffn_norm", "MUL", weight="blk.{layer}.post_ffw_norm.weight"),
+)
+_CAPPED_SCORES = Source("attn_scores", "SCALE", name="kq_scaled_2-{layer}", form="softmax")
+_CAPPED_LOGITS = Source("lm_head", "SCALE", name="result_output")
+# q is scaled, so that its products with k are the scores.
+_SCORES = Source("attn_scores", "MUL_MAT", name="kq-{layer}", form="softmax")
+_QKV, _GATE_UP = "blk.{layer}.attn_qkv.weight", "blk.{layer}.ffn_up.weight"
+_PHI3 = _replaced(
+    (*_WHOLE, *_in_blocks(permuted=False)),
+    _SCORES,
+    *(Source("qkv_matmul", "MUL_MAT", weight=_QKV, part=site, cut=site) for site in ("q", "k", "v")),
+    *(Source(f"ffn_{site}", "MUL_MAT", weight=_GATE_UP, cut=site) for site in ("gate", "up")),
+)
+
 ARCHITECTURES: Mapping[str, tuple[Source, ...]] = {
     "llama": (*_WHOLE, *_in_blocks(permuted=True)),
     "qwen2": (*_WHOLE, *_in_blocks(permuted=False)),
     "qwen3": (*_WHOLE, *_in_blocks(permuted=False)),
+    "gemma2": _replaced(_GEMMA, _CAPPED_SCORES, _CAPPED_LOGITS),
+    # Its logits are capped in few models.
+    "gemma3": (*_replaced(_GEMMA, _SCORES), _CAPPED_LOGITS),
+    "phi3": tuple(source for source in _PHI3 if source.tap != "post_attn_residual"),
 }
 """GGUF's ``general.architecture`` to its taps. Mistral's files are of the architecture ``llama``."""
 
 _ABSENT = {"ffn_silu": "llama.cpp computes it inside ffn_swiglu and keeps no copy"}
+_ABSENT_PHI3 = {"post_attn_residual": "llama.cpp gives the sum no name in phi3"}
 _ABSENT_FLASH = {
     "attn_scores": "flash attention keeps no scores",
     "attn_softmax": "flash attention keeps no softmax",
@@ -104,9 +137,15 @@ _LATER_KEYS = (
 )
 
 
-def absent_taps(options: LlamaCppOptions) -> dict[str, str]:
-    """Taps that llama.cpp does not have, and why."""
-    return {**_ABSENT, **(_ABSENT_FLASH if options.flash_attention else {})}
+def absent_taps(options: LlamaCppOptions, architecture: str) -> dict[str, str]:
+    """Taps that llama.cpp does not have, and why.
+
+    Args:
+        options: how llama.cpp runs.
+        architecture: Hugging Face's ``model_type``.
+    """
+    of_phi3 = _ABSENT_PHI3 if architecture == "phi3" else {}
+    return {**_ABSENT, **of_phi3, **(_ABSENT_FLASH if options.flash_attention else {})}
 
 
 def capture_points(longest: int, options: LlamaCppOptions) -> dict[str, str]:
@@ -194,6 +233,8 @@ class TapMap:
                 values = values.reshape(values.shape[0], -1)
             case _:
                 values = values[0]
+        if place.source.cut:
+            return values[:, _columns(self._config, place.source.cut)].copy()
         order = self._orders.get((place.layer, place.source.rows_of))
         return values.copy() if order is None else np.ascontiguousarray(values[:, order])
 
@@ -207,6 +248,14 @@ def _by_query(values: F32, scale: float, end: int, length: int) -> F32:
     found = np.zeros((queries, heads, length), dtype=np.float32)
     np.multiply(values[:, :, :end].swapaxes(0, 1), np.float32(scale), out=found[:, :, :end])
     return found.reshape(queries, heads * length)
+
+
+def _columns(config: ModelConfig, site: str) -> slice:
+    """Columns of a site in what a fused weight gives."""
+    together = ("q", "k", "v") if site in ("q", "k", "v") else ("gate", "up")
+    widths = [site_shape(config, each)[0] for each in together]
+    first = sum(widths[: together.index(site)])
+    return slice(first, first + widths[together.index(site)])
 
 
 def _check_shapes(artifact: Artifact) -> None:

@@ -25,7 +25,7 @@ from driftscope.forward.policy import WHOLE_MODEL
 
 F32 = NDArray[np.float32]
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
 _BASE, _HEAD = "model", "lm_head"
 _LAYERS = f"{_BASE}.layers"
@@ -35,24 +35,53 @@ _WHOLE = (
     (f"{_BASE}.norm", OUTPUT, "final_norm"),
     (_HEAD, OUTPUT, "lm_head"),
 )
-_LAYER = (
-    ("input_layernorm", OUTPUT, "attn_norm"),
-    ("self_attn.q_proj", OUTPUT, "qkv_bias.q"),
-    ("self_attn.k_proj", OUTPUT, "qkv_bias.k"),
-    ("self_attn.v_proj", OUTPUT, "qkv_bias.v"),
-    ("self_attn.o_proj", INPUT, "attention"),
-    ("self_attn.o_proj", OUTPUT, "attn_out"),
-    ("post_attention_layernorm", INPUT, "post_attn_residual"),
-    ("post_attention_layernorm", OUTPUT, "ffn_norm"),
+"""Module, side and tap. The logits are the head's output, or the model's where it caps them."""
+
+_QKV = tuple(f"qkv_bias.{site}" for site in ("q", "k", "v"))
+_GATE_UP = ("ffn_gate", "ffn_up")
+
+_Modules = tuple[tuple[str, str, str | tuple[str, ...]], ...]
+"""Module within its layer, side, and tap with its part; several taps where they lie side by side."""
+
+_PROJECTED: _Modules = (
+    *((f"self_attn.{tap[-1]}_proj", OUTPUT, tap) for tap in _QKV),
     ("mlp.gate_proj", OUTPUT, "ffn_gate"),
     ("mlp.up_proj", OUTPUT, "ffn_up"),
     ("mlp.act_fn", OUTPUT, "ffn_silu"),
+)
+_FUSED: _Modules = (
+    ("self_attn.qkv_proj", OUTPUT, _QKV),
+    ("mlp.gate_up_proj", OUTPUT, _GATE_UP),
+    ("mlp.activation_fn", OUTPUT, "ffn_silu"),
+)
+_ALWAYS: _Modules = (
+    ("input_layernorm", OUTPUT, "attn_norm"),
+    ("self_attn.o_proj", INPUT, "attention"),
+    ("self_attn.o_proj", OUTPUT, "attn_out"),
     ("mlp.down_proj", INPUT, "ffn_swiglu"),
     ("mlp.down_proj", OUTPUT, "ffn_out"),
 )
-"""Module, side, and tap with its part; modules of `_LAYER` within their layer."""
+_PRE_NORMS: _Modules = (
+    ("post_attention_layernorm", INPUT, "post_attn_residual"),
+    ("post_attention_layernorm", OUTPUT, "ffn_norm"),
+)
+_PRE_AND_POST_NORMS: _Modules = (
+    ("post_attention_layernorm", OUTPUT, "post_attn_norm"),
+    ("pre_feedforward_layernorm", INPUT, "post_attn_residual"),
+    ("pre_feedforward_layernorm", OUTPUT, "ffn_norm"),
+    ("post_feedforward_layernorm", OUTPUT, "post_ffn_norm"),
+)
 
-_PROJECTIONS = ("q", "k", "v")
+
+def _modules_of(architecture: str) -> _Modules:
+    """Where the taps of a layer are."""
+    if architecture == "phi3":
+        return (*_ALWAYS, *_PRE_NORMS, *_FUSED)
+    norms = _PRE_AND_POST_NORMS if architecture.startswith("gemma") else _PRE_NORMS
+    return (*_ALWAYS, *norms, *_PROJECTED)
+
+
+_PROJECTIONS = ("q", "k", "v", "qkv")
 
 _WATCHERS: dict[int, _Watcher] = {}
 """``id`` of an attention module to who watches it now. transformers keeps registered functions for good, so
@@ -102,6 +131,14 @@ class _Watcher:
             )
         for each in names:
             self.keep(layer, f"{each}{dot}{part}", array)
+
+    def take_all(self, layer: int, taps: str | tuple[str, ...], widths: tuple[int, ...], tensor: Any) -> None:
+        """Keep a tensor, or the parts of it that lie side by side."""
+        if isinstance(taps, str):
+            self.take(layer, taps, tensor)
+            return
+        for tap, part in zip(taps, tensor.split(widths, dim=-1), strict=True):
+            self.take(layer, tap, part)
 
     def attend(self, original: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run an attention function and keep what it is given and what it computes on the way."""
@@ -209,12 +246,17 @@ def watched(
     watcher = _Watcher(keep, done, wanted, biased=has_bias(model))
     with ExitStack() as stack:
         watch = stack.enter_context(hooks())
+        capped = getattr(model.config, "final_logit_softcapping", None) is not None
         for path, side, tap in _WHOLE:
-            watch(model.get_submodule(path), side, partial(watcher.take, WHOLE_MODEL, tap))
+            if not (capped and tap == "lm_head"):
+                watch(model.get_submodule(path), side, partial(watcher.take, WHOLE_MODEL, tap))
+        if capped:
+            watch(model, OUTPUT, lambda result: watcher.take(WHOLE_MODEL, "lm_head", result.logits))
         for number, layer in enumerate(layers):
             watch(layer, INPUT, partial(watcher.enter, number))
-            for path, side, tap in _LAYER:
-                watch(layer.get_submodule(path), side, partial(watcher.take, number, tap))
+            for path, side, taps in _modules_of(model.config.model_type):
+                widths = () if isinstance(taps, str) else _widths(model.config, taps)
+                watch(layer.get_submodule(path), side, partial(watcher.take_all, number, taps, widths))
             watch(layer, OUTPUT, partial(watcher.leave, number))
         stack.enter_context(_attention_watched(model, layers, watcher))
         yield
@@ -236,7 +278,7 @@ def layers_of(model: Any, where: str) -> list[Any]:
         _submodule(model, path, where, path)
     layers = list(model.get_submodule(_LAYERS))[: model.config.num_hidden_layers]
     for number, layer in enumerate(layers):
-        for path in dict.fromkeys(path for path, _, _ in _LAYER):
+        for path in dict.fromkeys(path for path, _, _ in _modules_of(found)):
             _submodule(layer, path, where, f"{_LAYERS}.{number}.{path}")
     return layers
 
@@ -244,10 +286,19 @@ def layers_of(model: Any, where: str) -> list[Any]:
 def has_bias(model: Any) -> bool:
     """Whether any of q, k and v has a bias, which torch adds inside of the product."""
     return any(
-        getattr(layer.get_submodule(f"self_attn.{site}_proj"), "bias", None) is not None
+        getattr(getattr(layer.self_attn, f"{site}_proj", None), "bias", None) is not None
         for layer in model.get_submodule(_LAYERS)
         for site in _PROJECTIONS
     )
+
+
+def _widths(config: Any, taps: tuple[str, ...]) -> tuple[int, ...]:
+    """Channels of taps that a fused module gives side by side."""
+    if taps == _GATE_UP:
+        return (config.intermediate_size,) * 2
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = config.num_key_value_heads * head_dim
+    return config.num_attention_heads * head_dim, kv, kv
 
 
 @contextmanager

@@ -36,9 +36,16 @@ FUNCTIONS: dict[str, Callable[[F64], F64]] = {
 }
 """Activation functions by name, in float64."""
 
+_NAMES = {"silu": "SiLU", "gelu_tanh": "GELU with tanh"}
+
+
+def _own(case: Case) -> str:
+    """Name of the model's function."""
+    return _NAMES[case.config.activation]
+
 
 def function(case: Case) -> Iterator[Candidate]:
-    """Another activation function than SiLU."""
+    """Another activation function than the model's."""
     gate = case.value("ffn_gate").astype(np.float64) if case.has("ffn_gate") else None
     if gate is None:
         return
@@ -49,10 +56,10 @@ def function(case: Case) -> Iterator[Candidate]:
     else:
         return
     for name, activation in FUNCTIONS.items():
-        if name != "SiLU":
+        if name != _own(case):
             yield Candidate(
                 "activation-function",
-                f"the activation is {name} instead of SiLU",
+                f"the activation is {name} instead of {_own(case)}",
                 activation(gate) * factor,
                 0,
                 {"function": name},
@@ -64,7 +71,7 @@ def swapped(case: Case) -> Iterator[Candidate]:
     if not (case.has("ffn_gate") and case.has("ffn_up")):
         return
     gate, up = (case.value(tap).astype(np.float64) for tap in ("ffn_gate", "ffn_up"))
-    predicted = FUNCTIONS["SiLU"](up) * (1.0 if case.op.tap == "ffn_silu" else gate)
+    predicted = FUNCTIONS[_own(case)](up) * (1.0 if case.op.tap == "ffn_silu" else gate)
     yield Candidate("gate-up-swapped", "up goes through the activation instead of gate", predicted, 0, {})
 
 
@@ -77,7 +84,7 @@ def product(case: Case) -> Iterator[Candidate]:
     if case.has("ffn_silu"):
         activated = case.value("ffn_silu").astype(np.float64)
     else:
-        activated = FUNCTIONS["SiLU"](case.value("ffn_gate").astype(np.float64))
+        activated = FUNCTIONS[_own(case)](case.value("ffn_gate").astype(np.float64))
     up = case.value("ffn_up").astype(np.float64)
     for shift in _SHIFTS:
         if abs(shift) >= up.shape[1]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from driftscope.analysis.explanations import caps
 from driftscope.analysis.explanations.base import F32, F64, I64, Candidate, Case, figure, rounded
 from driftscope.analysis.explanations.general import constant_ratio
+from driftscope.forward.architecture import score_scale as scale_of
 from driftscope.forward.arithmetic import round_to
 
 _SAMPLED_QUERIES = 32
@@ -55,8 +56,8 @@ class Attention:
         self.group = case.config.num_heads // case.config.num_kv_heads
         self.half = case.is_engine and case.context.declared.policy.kv_type == "f16"
         self.level = _TAPS.index(case.op.tap)
-        self.scale = float(case.config.head_dim) ** -0.5
-        self.window = case.config.sliding_window
+        self.scale = float(scale_of(case.config))
+        self.window = case.config.window_of(case.op.layer)
 
     @classmethod
     def of(cls, case: Case) -> Attention:
@@ -170,7 +171,9 @@ class Attention:
             keys = np.ascontiguousarray(right[:, source])
             with np.errstate(all="ignore"):
                 found[:, head] = matmul_f32(np.ascontiguousarray(left[:, head]), keys)
-        return np.asarray((found * np.float32(self.scale)).astype(np.float32), np.float64)
+        scaled = np.asarray((found * np.float32(self.scale)).astype(np.float32), np.float64)
+        cap = self.config.attention_softcap
+        return caps.capped(scaled, cap) if cap else scaled
 
     def softmax(self, rows: Rows, scores: F64, *, ahead: int | None = 0, window: int | None = -1) -> F64:
         """Softmax of scores under a mask.
@@ -700,12 +703,12 @@ def other_positions(case: Case) -> Iterator[Candidate]:
 def _turned(case: Case, k: F32, shift: int) -> F32:
     from driftscope.analysis.explanations.rope import frequencies_of
 
-    half = case.config.head_dim // 2
     if "frequencies" not in case.memo:
-        case.memo["frequencies"] = frequencies_of(case.artifact).astype(np.float64)
+        case.memo["frequencies"] = frequencies_of(case.artifact, case.op.layer).astype(np.float64)
     angle = shift * case.memo["frequencies"]
-    z = (k[..., :half] + 1j * k[..., half:]) * np.exp(1j * angle)
-    return np.concatenate([z.real, z.imag], axis=-1).astype(np.float32)
+    half = angle.size
+    z = (k[..., :half] + 1j * k[..., half : 2 * half]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag, k[..., 2 * half :]], axis=-1).astype(np.float32)
 
 
 def sink(case: Case) -> Iterator[Candidate]:

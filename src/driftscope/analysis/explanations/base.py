@@ -472,6 +472,11 @@ class Case:
         """A norm weight or a bias, ``float32[n]``."""
         return self.weight(name).reshape(-1)
 
+    def norm_weight(self, name: str) -> F64:
+        """What a norm multiplies by: its weight plus the model's offset, ``float64[n]``."""
+        missing = self.config.norm_offset - self.artifact.tensors[name].value_offset
+        return self.vector(name).astype(np.float64) + missing
+
     def activation(self, x: F32, name: str, site: str) -> F32:
         """An activation as the product with a weight of this artifact sees it: rounded, if the engine is."""
         from driftscope.kernels.activations import quantize_activation

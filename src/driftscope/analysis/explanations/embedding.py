@@ -102,7 +102,7 @@ def one_token(case: Case) -> Iterator[Candidate]:
 
 
 def _rows(case: Case, name: str, ids: np.ndarray) -> F64:
-    return case.weight(name, ids).astype(np.float64)
+    return case.weight(name, ids).astype(np.float64) * case.config.embedding_scale
 
 
 HYPOTHESES = (multiplier, other_rows, other_matrix, transposed, one_token)

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from driftscope.analysis.explanations.base import F64, Candidate, Case, rounded
+from driftscope.forward.architecture import norm_tensor
 from driftscope.forward.policy import WHOLE_MODEL
 
-_TENSORS = {
-    "attn_norm": "input_layernorm.weight",
-    "ffn_norm": "post_attention_layernorm.weight",
-    "final_norm": "model.norm.weight",
+_INPUTS = {
+    "attn_norm": "layer_input",
+    "post_attn_norm": "attn_out",
+    "ffn_norm": "post_attn_residual",
+    "post_ffn_norm": "ffn_out",
+    "final_norm": "layer_input",
 }
-_INPUTS = {"attn_norm": "layer_input", "ffn_norm": "post_attn_residual", "final_norm": "layer_input"}
+_SUFFIXES = (
+    *("input_layernorm.weight", "post_attention_layernorm.weight"),
+    *("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"),
+)
 _ROUND_EPSILONS = (*(float(f"1e-{power}") for power in range(3, 13)), 0.0)
 
 Finish = Callable[[F64], F64]
@@ -45,10 +51,9 @@ class Norm:
     def of(cls, case: Case) -> Norm | None:
         """The norm that an op is, or None where it is none or its input cannot be had."""
         tap, layer = case.op.tap, case.op.layer
-        if tap not in _TENSORS or not has_input(case, _INPUTS[tap]):
+        if tap not in _INPUTS or not has_input(case, _INPUTS[tap]):
             return None
-        suffix = _TENSORS[tap]
-        name = suffix if layer == WHOLE_MODEL else f"model.layers.{layer}.{suffix}"
+        name = norm_tensor(case.config, layer, tap)
         if not case.has_tensor(name):
             return None
         x = norm_input(case, _INPUTS[tap])
@@ -56,8 +61,8 @@ class Norm:
 
     @property
     def weight(self) -> F64:
-        """Its weight."""
-        return self.case.vector(self.name).astype(np.float64)
+        """What it multiplies by."""
+        return self.case.norm_weight(self.name)
 
     @property
     def mean_square(self) -> F64:
@@ -200,14 +205,14 @@ def other_weight(case: Case) -> Iterator[Candidate]:
     norm = Norm.of(case)
     if norm is None:
         return
-    unit, suffixes = norm.unit(), ("input_layernorm.weight", "post_attention_layernorm.weight")
+    unit = norm.unit()
     names = ["model.norm.weight"]
     for layer in range(case.config.num_layers):
-        names += [f"model.layers.{layer}.{suffix}" for suffix in suffixes]
+        names += [f"model.layers.{layer}.{suffix}" for suffix in _SUFFIXES]
     for name in names:
         if name == norm.name or not case.has_tensor(name):
             continue
-        weight = case.vector(name).astype(np.float64)
+        weight = case.norm_weight(name)
         if weight.size != unit.shape[1]:
             continue
         same_layer = name.startswith(f"model.layers.{case.op.layer}.")

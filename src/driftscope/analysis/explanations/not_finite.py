@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from driftscope.analysis.explanations.base import Case, Explanation, figure, rounded
 from driftscope.analysis.explanations.linear import Linear
+from driftscope.forward.architecture import score_scale
 
 LARGEST_F16 = 65504.0
 _LOOKED_AT = 64
@@ -71,9 +72,9 @@ def _largest(case: Case, bad: list[NDArray[np.bool_]]) -> float:
     linear = None if case.ragged else Linear.of(case)
     if case.op.tap == "attn_scores":
         # Before the scale.
-        return largest * case.config.head_dim**0.5
-    if case.op.tap in ("attn_norm", "ffn_norm", "final_norm"):
-        name = next((tap for tap in ("layer_input", "post_attn_residual") if tap in case.op.inputs), "")
+        return largest / score_scale(case.config)
+    if case.op.tap.endswith("_norm"):
+        name = next(iter(case.op.inputs), "")
         if name:
             x = np.where(np.asarray(bad[0].any(axis=1))[:, None], case.value(name).astype(np.float64), 0.0)
             largest = max(largest, float(np.max(np.sum(x * x, axis=1))))

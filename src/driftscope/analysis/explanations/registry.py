@@ -38,7 +38,9 @@ _ROPE: tuple[Hypothesis, ...] = (*rope.HYPOTHESES, *general.HYPOTHESES)
 HYPOTHESES: Mapping[str, tuple[Hypothesis, ...]] = {
     "embedding": (*embedding.HYPOTHESES, *general.HYPOTHESES),
     "attn_norm": _NORM,
+    "post_attn_norm": _NORM,
     "ffn_norm": _NORM,
+    "post_ffn_norm": _NORM,
     "final_norm": _NORM,
     "qkv_matmul": _PROJECTION,
     "qkv_bias": _PROJECTION,

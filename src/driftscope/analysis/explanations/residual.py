@@ -10,14 +10,19 @@ from driftscope.analysis.explanations.base import F64, Candidate, Case, figure, 
 from driftscope.analysis.explanations.norm import Norm, has_input, norm_input
 from driftscope.forward.policy import WHOLE_MODEL
 
-_TERMS = {
-    "post_attn_residual": ("layer_input", "attn_out"),
-    "post_ffn_residual": ("post_attn_residual", "ffn_out"),
-}
+
+def _names(case: Case) -> tuple[str, str]:
+    """Taps of the two terms."""
+    attended, moved = (
+        ("post_attn_norm", "post_ffn_norm") if case.config.post_norms else ("attn_out", "ffn_out")
+    )
+    if case.op.tap == "post_attn_residual":
+        return "layer_input", attended
+    return "post_attn_residual", moved
 
 
 def _terms(case: Case) -> tuple[F64, F64] | None:
-    first, second = _TERMS[case.op.tap]
+    first, second = _names(case)
     if not case.has(second) or not (case.has(first) or has_input(case, first)):
         return None
     return norm_input(case, first), case.value(second).astype(np.float64)
@@ -29,7 +34,7 @@ def coefficients(case: Case) -> Iterator[Candidate]:
     if terms is None:
         return
     stream, block = terms
-    first, second = _TERMS[case.op.tap]
+    first, second = _names(case)
     skipped = _skips_layer(case)
     for a, b, what in (
         (0.0, 1.0, f"{first} is not added: the residual is dropped"),

@@ -15,12 +15,13 @@ from driftscope.analysis.explanations import norm as norms
 from driftscope.analysis.explanations.base import F32, F64, I64, Candidate, Case, figure, rounded
 from driftscope.analysis.explanations.caps import least
 from driftscope.analysis.explanations.projection import interleaved
-from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import ROPE_FREQS
 from driftscope.artifacts.rope_factors import llama3_factors
 from driftscope.errors import InputError
 from driftscope.forward.arithmetic import round_to
-from driftscope.forward.rotary import rope_frequencies, rope_scale
+from driftscope.forward.policy import WHOLE_MODEL
+from driftscope.forward.rotary import rope_frequencies, rope_scale, turns_locally
 
 C128 = NDArray[np.complex128]
 
@@ -40,12 +41,14 @@ class Rotation:
         x: what is turned, ``float64[tokens, heads * head_dim]``; after the head norm, where there is one.
         frequencies: expected, radians a position, ``float32[head_dim / 2]``.
         scale: expected factor of cosine and sine.
+        config: hyperparameters, with the theta and the scaling of the op's layer.
     """
 
     case: Case
     x: F64
     frequencies: F32
     scale: float
+    config: ModelConfig
 
     @classmethod
     def of(cls, case: Case) -> Rotation | None:
@@ -68,8 +71,14 @@ class Rotation:
                 return None
             heads = x.reshape(-1, case.config.head_dim)
             square = np.mean(heads * heads, axis=1, keepdims=True) + case.config.rms_norm_eps
-            x = (heads / np.sqrt(square) * case.vector(name)).reshape(x.shape)
-        return cls(case, x, frequencies_of(case.artifact), rope_scale(case.config))
+            x = (heads / np.sqrt(square) * case.norm_weight(name)).reshape(x.shape)
+        layer = case.op.layer
+        if turns_in_part_or_by_length(case.config):
+            return None
+        local = turns_locally(case.config, layer)
+        return cls(
+            case, x, frequencies_of(case.artifact, layer), rope_scale(case.config, local=local), _config(case)
+        )
 
     @property
     def half(self) -> int:
@@ -137,15 +146,32 @@ class Rotation:
         return float(np.sum((self.overlap * np.exp(-1j * angles)).real))
 
 
-def frequencies_of(artifact: Artifact) -> F32:
-    """The rotary frequencies of an artifact."""
+def turns_in_part_or_by_length(config: ModelConfig) -> bool:
+    """Whether heads turn in part or by the length of the sequence: hypotheses about that there are none."""
+    longrope = (config.rope_scaling or {}).get("rope_type") == "longrope"
+    return longrope or config.rotary_dim not in (None, config.head_dim)
+
+
+def _config(case: Case) -> ModelConfig:
+    """Hyperparameters with the theta and the scaling of the op's layer."""
+    config = case.config
+    if not turns_locally(config, case.op.layer):
+        return config
+    assert config.local_rope_theta is not None
+    return dataclasses.replace(
+        config, rope_theta=config.local_rope_theta, rope_scaling=None, local_rope_theta=None
+    )
+
+
+def frequencies_of(artifact: Artifact, layer: int = WHOLE_MODEL) -> F32:
+    """The rotary frequencies of a layer of an artifact."""
     from driftscope.kernels.dequantize import dequantize
 
     ref = artifact.tensors.get(ROPE_FREQS)
     factors = None
     if ref is not None:
         factors = dequantize(np.ascontiguousarray(ref.raw()), ref.dtype).reshape(-1)
-    return rope_frequencies(artifact.config, factors)
+    return rope_frequencies(artifact.config, factors, local=turns_locally(artifact.config, layer))
 
 
 def pairing(case: Case) -> Iterator[Candidate]:
@@ -184,7 +210,7 @@ def theta(case: Case) -> Iterator[Candidate]:
     rotation = Rotation.of(case)
     if rotation is None:
         return
-    own = float(case.config.rope_theta)
+    own = float(rotation.config.rope_theta)
     tried: dict[float, int] = {own * factor: 0 for factor in (10.0, 0.1, 100.0, 0.01)}
     tried |= dict.fromkeys(_THETAS, 0)
     if other := _other_side(case):
@@ -212,7 +238,7 @@ def _other_side(case: Case) -> Artifact | None:
 
 def _with_theta(case: Case, rotation: Rotation, value: float) -> F32:
     """Frequencies with another base; stored factors stay."""
-    config = case.config
+    config = rotation.config
     bare = dataclasses.replace(config, rope_scaling=None)
     stored = ROPE_FREQS in case.artifact.tensors
     try:
@@ -228,7 +254,7 @@ def _fitted_theta(rotation: Rotation) -> float | None:
     measured = rotation.measured_frequencies
     if measured is None:
         return None
-    config = rotation.case.config
+    config = rotation.config
     exponents = np.arange(rotation.half) / rotation.half
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None)).astype(np.float64)
     ratio = rotation.frequencies / plain
@@ -248,7 +274,7 @@ def factors(case: Case) -> Iterator[Candidate]:
     rotation = Rotation.of(case)
     if rotation is None:
         return
-    plain = rope_frequencies(dataclasses.replace(case.config, rope_scaling=None))
+    plain = rope_frequencies(dataclasses.replace(rotation.config, rope_scaling=None))
     tries: list[tuple[str, F32, float, int]] = []
     if not np.array_equal(plain, rotation.frequencies) or rotation.scale != 1.0:
         tries.append(("the scaling of the rotary frequencies is left out", plain, 1.0, 0))
@@ -258,16 +284,17 @@ def factors(case: Case) -> Iterator[Candidate]:
             tries.append(("YaRN's attention factor is applied twice", scaled, rotation.scale**2, 0))
     other = _other_side(case)
     if other is not None and other.config.rope_theta == case.config.rope_theta:
-        theirs = frequencies_of(other)
+        theirs = frequencies_of(other, case.op.layer)
         if not np.array_equal(theirs, rotation.frequencies):
             what = "the rotary frequencies are scaled as in the other artifact"
-            tries.append((what, theirs, rope_scale(other.config), 0))
+            scale = rope_scale(other.config, local=turns_locally(other.config, case.op.layer))
+            tries.append((what, theirs, scale, 0))
     for factor in _LINEAR:
         divided = rotation.frequencies / np.float32(factor)
         tries.append((f"all rotary frequencies are divided by {factor:g}", divided, rotation.scale, 1))
     for factor, low, high, length in _LLAMA3:
         divisors = llama3_factors(
-            case.config.rope_theta,
+            rotation.config.rope_theta,
             case.config.head_dim,
             factor=factor,
             low=low,
