@@ -8,6 +8,7 @@ from typing import Any
 import libgguf
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from driftscope.analysis.block_findings import BlockFindings, compare_with_findings, tail_bound
@@ -156,6 +157,27 @@ def test_a_value_that_is_not_finite_in_the_reference_is_said_so() -> None:
     values[9, 70] = math.nan
     found = found_in(values, store(weights(), "Q8_0"), "Q8_0")
     assert [(item.kind, item.row, item.columns) for item in found.findings] == [("non-finite", 9, (64, 96))]
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("size", [1.0, 1000.0])
+def test_floats_of_eight_bits(name: str, size: float) -> None:
+    values = weights() * np.float32(size)
+    dtype = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[name]
+    stored = torch.from_numpy(values).to(getattr(torch, name)).view(torch.uint8).numpy().reshape(values.shape)
+    assert not found_in(values, stored, dtype).findings
+    stored[77, 100] ^= 0x80
+    item = found_in(values, stored, dtype).findings[0]
+    assert (item.kind, item.row, item.columns) == ("flipped-bit", 77, (96, 128))
+    assert (item.evidence["element"], item.evidence["field"]) == (4, "sign")
+
+
+def test_nothing_is_said_of_a_format_whose_steps_are_not_known() -> None:
+    stored = store(weights(), "TQ2_0")
+    stored[3, 0] ^= 0xFF
+    found = found_in(weights(), stored, "TQ2_0")
+    assert not found.findings
+    assert found.to_dict()["energy_bound"] is None
 
 
 def test_two_trainings_have_no_blocks_that_stand_out() -> None:

@@ -48,7 +48,7 @@ def assert_as_reference(
     assert (np.abs(found.by_row.T - terms.sum(axis=2)) <= tolerance[:, None]).all()
 
 
-@pytest.mark.parametrize("dtype", [*sorted(DIRECT), "F64", "TQ2_0"])
+@pytest.mark.parametrize("dtype", [*sorted(DIRECT), "F8_E4M3", "F8_E5M2", "F64", "TQ2_0"])
 def test_agrees_with_numpy_for_every_format_on_random_bytes(dtype: str) -> None:
     stored = random_side(5, dtype, 30, 2816)
     generator = np.random.Generator(np.random.Philox(6))

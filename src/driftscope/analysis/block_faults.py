@@ -23,7 +23,16 @@ _CLIPPED = 0.9
 # A bit explains a block if the energy that is left without it is at most this part of what it was.
 _EXPLAINED = 0.5
 
-_EXPONENTS = {"F16": (10, 15), "BF16": (7, 15), "F32": (23, 31), "F64": (52, 63)}
+_EXPONENTS = {
+    "F16": (10, 15),
+    "BF16": (7, 15),
+    "F32": (23, 31),
+    "F64": (52, 63),
+    "F8_E4M3": (3, 7),
+    "F8_E5M2": (2, 7),
+    "F8_E4M3FNUZ": (3, 7),
+    "F8_E5M2FNUZ": (2, 7),
+}
 """First bit of the exponent and bit of the sign."""
 
 Explanation = tuple[str, str, dict[str, Any]]

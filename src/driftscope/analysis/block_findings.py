@@ -19,7 +19,7 @@ from driftscope.analysis.block_faults import Block, Bounds, explain
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.kernels.block_errors import BlockErrors, compare_blocks
 from driftscope.kernels.compare import TensorComparison
-from driftscope.kernels.compare_cells import CELL, CodeScale, by_exponent, scale_rounding
+from driftscope.kernels.compare_cells import CELL, CodeScale, by_exponent, has_steps, scale_rounding
 from driftscope.kernels.dequantize import dequantize
 from driftscope.kernels.formats import BlockFormat, format_of
 
@@ -128,7 +128,7 @@ def findings(
 
     Args:
         a: the teacher's tensor.
-        b: the candidate's tensor.
+        b: the candidate's tensor; where the steps of its format are not known, nothing is found.
         errors: of `compare_blocks` of the two.
         tensor: name of the findings; a's by default.
         limit: findings to list.
@@ -137,6 +137,9 @@ def findings(
     name = tensor or a.name
     layout = format_of(b.dtype)
     width = max(CELL, layout.block_size)
+    block_count = errors.n_rows * -(-errors.columns // width)
+    if not has_steps(layout):
+        return BlockFindings(name, (), block_count, 0, 0, alpha, math.inf, math.inf)
     bounds = _bounds(errors, alpha, rounding=by_exponent(layout))
     reader = _Reader(a, b)
     in_rows = []
@@ -154,7 +157,7 @@ def findings(
     return BlockFindings(
         tensor=name,
         findings=tuple(listed),
-        block_count=errors.n_rows * -(-errors.columns // width),
+        block_count=block_count,
         outlying_blocks=len(rows),
         outlying_rows=len(in_rows),
         alpha=alpha,
@@ -350,11 +353,12 @@ class _Reader:
     def __init__(self, a: TensorRef, b: TensorRef) -> None:
         self._a, self._b = a, b
         self._orders = a.row_order(), b.row_order()
+        self._bytes: dict[int, NDArray[np.uint8]] = {}
 
     def row(self, row: int) -> tuple[Row, Row]:
         with np.errstate(all="ignore"):
             a, b = (
-                dequantize(ref.raw()[self._stored(side, row)][None], ref.dtype)[0]
+                dequantize(self._raw(side)[self._stored(side, row)][None], ref.dtype)[0]
                 for side, ref in enumerate((self._a, self._b))
             )
         return a, b
@@ -363,12 +367,17 @@ class _Reader:
         layout = format_of(self._b.dtype)
         each = width // layout.block_size * layout.block_bytes
         stored_row = self._stored(1, row)
-        raw = self._b.raw()
+        raw = self._raw(1)
         stored = raw[stored_row, first * each : end * each]
         plain = type(self._b) is TensorRef
         at = self._b.offset + stored_row * raw.shape[1] + first * each if plain else None
         a, _ = self.row(row)
         return Block(a[first * width : end * width], np.array(stored), self._b.dtype, end - first, at)
+
+    def _raw(self, side: int) -> NDArray[np.uint8]:
+        if side not in self._bytes:
+            self._bytes[side] = (self._a, self._b)[side].raw()
+        return self._bytes[side]
 
     def _stored(self, side: int, row: int) -> int:
         order = self._orders[side]

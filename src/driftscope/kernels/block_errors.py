@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from driftscope.kernels.compare_cells import (
     by_exponent,
     code_scale,
     float_step,
+    least_exponent,
     scale_rounding,
 )
 from driftscope.kernels.dequantize import dequantize
-from driftscope.kernels.expected_error import cell_energies, smallest_exponent
+from driftscope.kernels.expected_error import cell_energies
 from driftscope.kernels.formats import BlockFormat, format_of, row_columns
 from driftscope.kernels.jit import kernel
 from driftscope.kernels.unpack import UnpackedRows
@@ -123,7 +124,7 @@ def cell_ratios(
         if by_exponent(layout):
             _, exponents = np.frexp(b)
             # frexp has its mantissa in [0.5, 1).
-            least = max(1, smallest_exponent(layout)) - 127
+            least = least_exponent(layout) - 127
             d = d / np.ldexp(float_step(layout), np.clip(exponents - 1, least, 126))
             squares = np.ones((a.shape[0], (a.shape[1] + missing) // CELL))
         else:
@@ -175,10 +176,11 @@ def _padded(a: Side, b: Side) -> CellFigures:
         part = CellFigures(
             np.zeros((2, cells.stop - cells.start), np.uint8), np.zeros((end - first, ROW_SUMS))
         )
-        sides = [_as_f32(side, columns) for side in (x, y)]
-        # The steps stay those of b's format, where its values say what they are.
-        like = b.layout if by_exponent(b.layout) else format_of("F32")
-        compare_sides(*sides, into=part, steps_of=like)
+        # The steps stay those of b's format: its values say what they are, or else it is read as it is.
+        plain = by_exponent(b.layout)
+        as_stored = replace(b, rows=np.ascontiguousarray(b.rows[first:end]))
+        other = _as_f32(y, columns) if plain else as_stored
+        compare_sides(_as_f32(x, columns), other, into=part, steps_of=b.layout)
         figures.codes[:, cells] = part.codes
     return figures
 

@@ -30,6 +30,7 @@ from driftscope.kernels.compare_cells import (
     code_blocks,
     code_floats,
     float_step,
+    least_exponent,
 )
 from driftscope.kernels.compare_decode import BLOCK_VALUES, DIRECT, address_of, decode
 from driftscope.kernels.compare_exact import FIGURES, TALLIES, compare_values, largest_of
@@ -283,7 +284,7 @@ def compare_sides(
     constants = np.array([power_energy(b.layout)])
     cells = cell_energies(b.layout)
     layout = steps_of or b.layout
-    by_cell = np.array([into is not None, by_exponent(layout), max(1, smallest_exponent(layout))], np.int64)
+    by_cell = np.array([into is not None, by_exponent(layout), least_exponent(layout)], np.int64)
     float_square = np.array([float_step(layout) ** 2])
     room = into or CellFigures.of(0, 0)
 

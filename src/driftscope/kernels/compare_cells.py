@@ -29,8 +29,17 @@ CELL = 32
 GROUP = 8
 """Cells that are coded at once."""
 
-_MANTISSA_BITS = {"F16": 10, "BF16": 7}
-_F32_MANTISSA_BITS = 23
+# Bits of the mantissa, and the exponent, biased as in f32, below which the step no longer shrinks.
+_FLOATS = {
+    "F16": (10, 113),
+    "BF16": (7, 1),
+    "F8_E4M3": (3, 121),
+    "F8_E5M2": (2, 113),
+    "F8_E4M3FNUZ": (3, 120),
+    "F8_E5M2FNUZ": (2, 112),
+    "F8_E8M0": (0, 1),
+}
+_OF_F32 = (23, 1)
 
 # The square of four times the smallest f16. A block's scale has one rounding error for all of its values,
 # whose square may be three times the mean; so may that of a quant.
@@ -93,7 +102,17 @@ def by_exponent(layout: BlockFormat) -> bool:
 
 def float_step(layout: BlockFormat) -> float:
     """The step of a value in ``[1, 2)``; formats without a prediction are taken as the f32 they decode to."""
-    return 2.0 ** -_MANTISSA_BITS.get(layout.name, _F32_MANTISSA_BITS)
+    return 2.0 ** -_FLOATS.get(layout.name, _OF_F32)[0]
+
+
+def least_exponent(layout: BlockFormat) -> int:
+    """The exponent, biased as in f32, below which the step of a float no longer shrinks."""
+    return _FLOATS.get(layout.name, _OF_F32)[1]
+
+
+def has_steps(layout: BlockFormat) -> bool:
+    """Whether a format's steps are known; others are read through the gguf package."""
+    return layout.name in _FLOATS or layout.name in ("F32", "F64") or not by_exponent(layout)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from driftscope.kernels.reference.dequantize import unpack
 F32 = NDArray[np.float32]
 
 _CELL = 32
-_SMALLEST = {"F16": -14}
-_MANTISSA_BITS = {"F16": 10, "BF16": 7}
+_SMALLEST = {"F16": -14, "F8_E4M3": -6, "F8_E5M2": -14}
+_MANTISSA_BITS = {"F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 # Mean square of a quant where all are equally likely, for formats whose sub-blocks have integer scales.
 _MEAN_SQUARE = {"Q2_K": 3.5, "Q3_K": 5.5, "Q4_K": 77.5, "Q5_K": 325.5, "Q6_K": 341.5}
 _MEAN_SQUARE["IQ4_XS"] = float(np.mean(np.square(_LEVELS["IQ4_XS"])))
