@@ -126,6 +126,8 @@ def _at_fault(rows: list[dict[str, Any]], summary: Document) -> list[dict[str, A
                 "relation": str(judged.get("relation", row["relation"])),
                 "class": judged.get("class"),
                 "transforms": list(judged.get("transforms") or []),
+                "reason": figures.get("reason"),
+                "outside": figures.get("outside"),
                 "nmse": row["nmse"],
                 "expected_nmse": row["expected_nmse"],
                 "nmse_under": figures.get("nmse_under"),
