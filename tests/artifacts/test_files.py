@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from tests.helpers.tiny_models import save_tiny_model
 
-from driftscope.artifacts.files import check_members, matches, member
+from driftscope.artifacts.files import check_members, following_links, matches, member
 from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.safetensors import INDEX
+from driftscope.artifacts.sources.file import parse
+from driftscope.artifacts.sources.store import fetch
 from driftscope.errors import InputError
 
 
@@ -144,6 +146,24 @@ def test_what_a_person_types_may_be_a_link(folder: Path, tmp_path: Path) -> None
     shutil.copy(one / "config.json", tmp_path)
     assert len(open_artifact(link).tensors) == 21
     assert member(one, "model.safetensors") == one / "model.safetensors"
+
+
+def test_links_that_driftscope_made_are_followed(folder: Path, tmp_path: Path) -> None:
+    """A folder that is a ``file:`` source is linked to, file by file; what it links to itself is checked."""
+    store = tmp_path / "store"
+    source = parse("file:model", "model", tmp_path)
+    entry = source.resolve(tmp_path, None)
+    fetched = fetch(source, store, entry)
+    assert all(file.is_symlink() for file in store.iterdir() if not file.name.startswith("."))
+    with pytest.raises(InputError, match="a symbolic link to"):
+        open_artifact(fetched.path)
+    with following_links():
+        assert set(open_artifact(fetched.path).tensors) == names(folder)
+    with pytest.raises(InputError, match="a symbolic link to"):
+        open_artifact(fetched.path)
+    (folder / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(InputError, match=r"tokenizer\.json: a symbolic link to '/etc/hostname'"):
+        source.resolve(tmp_path, None)
 
 
 # --- Patterns.

@@ -10,6 +10,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,23 @@ def list_folder(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: cannot be listed ({_reason(error)})") from error
 
 
+# Whether links out of a model folder are followed, see `following_links`.
+_FOLLOWING: ContextVar[bool] = ContextVar("following", default=False)
+
+
+@contextlib.contextmanager
+def following_links() -> Iterator[None]:
+    """Follow links out of model folders: for a folder of links that driftscope made, to files that it pinned.
+
+    A ``file:`` source is not copied where the file system can link.
+    """
+    token = _FOLLOWING.set(True)
+    try:
+        yield
+    finally:
+        _FOLLOWING.reset(token)
+
+
 def member(folder: Path, name: str, *, beside: Path | None = None) -> Path:
     """A file that belongs to a model folder, followed through links no further than the model.
 
@@ -94,7 +112,7 @@ def member(folder: Path, name: str, *, beside: Path | None = None) -> Path:
     """
     path = folder / name
     try:
-        if not path.is_symlink():
+        if _FOLLOWING.get() or not path.is_symlink():
             return path
         target = Path(os.path.realpath(path))
         roots = [Path(os.path.realpath(folder))]

@@ -57,6 +57,7 @@ def open_model(manifest: Path) -> tuple[Artifact, str]:
             a tensor is missing.
     """
     from driftscope.artifacts.complete import check_complete
+    from driftscope.artifacts.files import following_links
     from driftscope.artifacts.open import open_artifact
 
     document = read_json(manifest)
@@ -70,7 +71,8 @@ def open_model(manifest: Path) -> tuple[Artifact, str]:
                 f"delete {manifest} to make the model anew"
             )
     # A manifest is written when its model has been opened, and so verified, once.
-    artifact = open_artifact(manifest.parent / document["path"], verified=True)
+    with following_links():
+        artifact = open_artifact(manifest.parent / document["path"], verified=True)
     check_complete(artifact)
     return artifact, model_digest(document)
 

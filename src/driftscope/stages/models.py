@@ -16,6 +16,7 @@ Progress = Callable[[int, int], None]
 def fetch(config: Config, model: str, manifest: Path, progress: Progress | None = None) -> None:
     """Bring the files of a model beside its manifest, as pinned by the configuration's lock file."""
     from driftscope.artifacts.complete import check_complete
+    from driftscope.artifacts.files import following_links
     from driftscope.artifacts.lock import fetch_model
     from driftscope.artifacts.open import open_artifact
 
@@ -23,7 +24,8 @@ def fetch(config: Config, model: str, manifest: Path, progress: Progress | None 
     if source is None:
         raise InputError(f"{config.origin}: model `{model}` is derived, not fetched")
     fetched = fetch_model(model, source, Path(config.origin), manifest.parent / model, progress)
-    artifact = open_artifact(fetched.path)
+    with following_links():
+        artifact = open_artifact(fetched.path)
     check_complete(artifact)
     pins = {file.name: file.sha256 for file in fetched.entry.files}
     header = EvidenceHeader.of("fetch", pins, {"source": source})

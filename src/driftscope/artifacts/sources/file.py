@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from driftscope.artifacts.files import member
 from driftscope.artifacts.sources.entry import LockedFile, LockEntry, Progress, is_plain_name, refuse
 from driftscope.artifacts.sources.verify import pin_file
 
@@ -55,6 +56,7 @@ class FileSource:
                 continue
             if not is_plain_name(name):
                 raise refuse(self.text, f"the file name {name!r} has characters that are not allowed")
+            member(self.target, name)
             found.append((name, path))
         if not found:
             raise refuse(self.text, f"the folder {self.target} holds no files")
