@@ -32,7 +32,8 @@ one that none declares.
 UNEXPLAINED = ("transformed", "different", "non-finite")
 """Relations that no legal conversion leaves."""
 
-SHOWN_AT_FAULT = 60
+SHOWN_AT_FAULT, SHOWN_OF_A_TRAINING = 60, 8
+"""Tensors that are listed with their evidence; of two trainings fewer, since none of them is at fault."""
 
 WORST_LISTED = 12
 _LISTED = (
@@ -67,6 +68,8 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
     summary = evidence.get("sweep_summary") or {}
     for row in rows:
         row["relation"] = relations[row["tensor"]]
+    trained = summary.get("conclusion") == "different-weights"
+    shown = SHOWN_OF_A_TRAINING if trained else SHOWN_AT_FAULT
     counts = Counter(row["relation"] for row in rows)
     coverage = inventory.get("coverage") or {"expected": None, "compared": len(rows)}
     return {
@@ -80,7 +83,7 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
         "band": summary.get("band"),
         "conclusion": summary.get("conclusion"),
         "statement": summary.get("statement") or "",
-        "at_fault": _at_fault(rows, summary)[:SHOWN_AT_FAULT],
+        "at_fault": _at_fault(rows, summary)[:shown],
         "searched": dict(summary.get("searched") or {"tensors": 0, "alternatives": 0}),
         "first_unlike": _first_unlike(rows),
         "by_dtype": _by_dtype(rows),
