@@ -397,3 +397,11 @@ def test_runs_of_spaces_are_the_same_tokens_everywhere(tmp_path: Path) -> None:
         expected = source.encode(text)
         assert ours.encode(text) == hugging_face.encode(text, add_special_tokens=False) == expected
         assert converted.encode(text) == expected
+
+
+def test_a_huge_template_is_refused(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, _changed(), SPECIAL)
+    with (folder / "chat_template.jinja").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"chat_template\.jinja: 1099511627776 bytes; expected at most"):
+        tokenizer_from_folder(folder, SIZE + 2)

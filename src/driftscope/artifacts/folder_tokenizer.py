@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from driftscope.artifacts.files import read_json_object
+from driftscope.artifacts.files import read_json_object, regular_file_size
 from driftscope.artifacts.sentencepiece import (
     BPE_MODEL,
     UNIGRAM_MODEL,
@@ -26,6 +26,7 @@ from driftscope.artifacts.tokenizer_bounds import check_growth
 from driftscope.artifacts.vocabulary import MAX_SPM_TOKEN_CHARACTERS, SPECIAL_KEYS
 from driftscope.errors import InputError
 
+_MAX_TEMPLATE_BYTES = 16 * 2**20
 # Flags of an added token, and their values where a file leaves them out.
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
 
@@ -101,6 +102,9 @@ def read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
+        size = regular_file_size(path)
+        if size > _MAX_TEMPLATE_BYTES:
+            raise InputError(f"{path}: {size} bytes; expected at most {_MAX_TEMPLATE_BYTES}")
         try:
             return path.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
