@@ -30,7 +30,7 @@ from driftscope.artifacts.tokenizer import load_tokenizer, model_folder
 from driftscope.errors import InputError
 from driftscope.kernels.dequantize import dequantize
 from tests.fuzz.lines import Lines
-from tests.fuzz.subjects import SUBJECTS, Case, clear, place
+from tests.fuzz.subjects import SUBJECTS, Case, Subject, clear, place
 
 MAX_SECONDS = 5.0
 MAX_BYTES = 2**30
@@ -122,6 +122,13 @@ def problem_of(path: Path) -> tuple[str, str | None, float]:
     return outcome, problem, seconds
 
 
+def _changed(subject: Subject, random: Random, case: Case, other: Case) -> Case | None:
+    try:
+        return subject.change(random, case, other)
+    except RecursionError:  # JSON so deep that it can be read and not be written again
+        return None
+
+
 def _size(case: Case) -> int:
     return sum(len(content) for content in case.values() if isinstance(content, bytes))
 
@@ -155,8 +162,8 @@ def fuzz(format_: str, count: int, seed: int, folder: Path, report: Callable[[di
         corpus = list(seeds)
         for index in range(count):
             parent = random.choice(corpus if random.random() < 0.6 else seeds)
-            case = subject.change(random, parent, random.choice(corpus))
-            if _size(case) > _MAX_CASE_BYTES:
+            case = _changed(subject, random, parent, random.choice(corpus)) or {}
+            if not 0 < _size(case) <= _MAX_CASE_BYTES:
                 case = subject.change(random, random.choice(seeds), random.choice(seeds))
             clear(path)
             place(case, path)
