@@ -174,6 +174,12 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 """Name to the configuration of a model; 33 tokens are beyond every window and LongRoPE's training."""
 
+AS_GGUF: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3-capped": {"query_pre_attn_scalar": 16},
+}
+"""Changes by which a model can be a GGUF file: llama.cpp scales Gemma's scores by the head size alone."""
+
 
 def write_model(folder: Path, name: str, *, seed: int = 0, **changes: Any) -> Path:
     """Write a random float32 model and return its folder.

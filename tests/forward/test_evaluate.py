@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.forward.models import write_model
+from tests.forward.models import AS_GGUF, write_model
 
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.open import open_artifact
@@ -37,7 +37,7 @@ def recorded(collector: Collector, layer: int, tap: str) -> Value:
     ],
 )
 def test_every_op_gives_the_bits_of_the_pass(name: str, kv_type: str, path: str, tmp_path: Path) -> None:
-    teacher = open_artifact(write_model(tmp_path / "teacher", name))
+    teacher = open_artifact(write_model(tmp_path / "teacher", name, **AS_GGUF.get(name, {})))
     write_candidate(teacher, tmp_path / "model.gguf", scheme="Q8_0")
     model = ForwardPass(
         {"model": open_artifact(tmp_path / "model.gguf")}, Policy(Choice("model", path), kv_type=kv_type)

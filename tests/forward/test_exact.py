@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.forward.models import write_model
+from tests.forward.models import AS_GGUF, write_model
 
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.model import ModelConfig
@@ -80,7 +80,8 @@ def test_logits_are_those_of_transformers_in_float64(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tap_is_near_the_float32_pass(name: str, tmp_path: Path) -> None:
-    write_candidate(open_artifact(write_model(tmp_path / "a", name)), tmp_path / "b.gguf", scheme="Q8_0")
+    teacher = open_artifact(write_model(tmp_path / "a", name, **AS_GGUF.get(name, {})))
+    write_candidate(teacher, tmp_path / "b.gguf", scheme="Q8_0")
     artifact = open_artifact(tmp_path / "b.gguf")
     collector = Collector()
     ForwardPass({"model": artifact}, Policy.uniform("model")).run(BATCH, collector)
