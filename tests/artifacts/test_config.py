@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -520,7 +521,7 @@ def test_odd_values_give_hyperparameters_or_one_line(document: dict[str, Any], d
             if not isinstance(place[key], dict) or not place[key] or data.draw(st.booleans()):
                 break
             place = place[key]
-        place[key] = data.draw(st.sampled_from(ODD))
+        place[key] = deepcopy(data.draw(st.sampled_from(ODD)))
     config, message = None, ""
     try:
         config = config_from_hf(changed, "config.json")
