@@ -152,6 +152,15 @@ def test_neighbouring_blocks_are_one_finding_and_all_are_counted() -> None:
     assert found.to_dict()["findings"][0]["columns"] == [128, 256]
 
 
+def test_a_long_run_is_one_finding_however_few_are_listed() -> None:
+    stored = store(weights(), "Q8_0")
+    stored[40, : 34 * 12 : 34] ^= 0x10
+    stored[40, 1 : 34 * 12 : 34] ^= 0x10
+    found = found_in(weights(), stored, "Q8_0")
+    assert [(item.row, item.columns) for item in found.findings] == [(40, (0, 384))]
+    assert found.outlying_blocks == 12
+
+
 def test_a_value_that_is_not_finite_in_the_reference_is_said_so() -> None:
     values = weights().copy()
     values[9, 70] = math.nan

@@ -150,8 +150,8 @@ def findings(
     listed = in_rows[:limit]
     off = np.array(sorted(found.row for found in in_rows), np.int64)
     rows, blocks, worst = _outlying_blocks(errors, bounds, width // CELL, off)
-    order = np.lexsort((blocks, rows, -worst))[: max(0, min(_CANDIDATES, limit - len(listed)))]
-    for row, first, end in _runs(rows[order], blocks[order]):
+    order = np.lexsort((blocks, rows, -worst))[:_CANDIDATES]
+    for row, first, end in _runs(rows[order], blocks[order])[: max(0, limit - len(listed))]:
         columns = (first * width, min(end * width, errors.columns))
         listed.append(_of_blocks(name, reader.block(row, first, end, width), row, columns, bounds))
     return BlockFindings(
