@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -106,6 +107,23 @@ def test_a_fault_of_all_matrices_with_all_norms_equal_is_a_rule_and_no_training(
     found = judge(MODEL, copied(MODEL, "Q8_0", {name: swapped(values(MODEL, name)) for name in MATRICES}))
     assert found["conclusion"] == "different"
     assert "A rule, not a training" in found["statement"]
+
+
+def test_half_of_the_rows_of_every_matrix_is_no_training() -> None:
+    changed = {}
+    for index, name in enumerate(MATRICES):
+        x = values(MODEL, name).copy()
+        x[::2] = x.std() * noise(index, x[::2].shape)
+        changed[name] = x
+    found = judge(MODEL, copied(MODEL, "F32", changed))
+    assert (found["conclusion"], found["training"]["kind"]) == ("different", "pattern")
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_a_matrix_of_zeros_has_no_relative_error_and_breaks_nothing() -> None:
+    empty = copied(MODEL, "F32", {Q: 0 * values(MODEL, Q)})
+    assert judge(empty, MODEL)["at_fault"] == [Q]
+    assert judge(empty, copied(random_model(1), "F32"))["conclusion"] == "different-weights"
 
 
 def test_three_scattered_tensors_are_damage() -> None:

@@ -61,14 +61,14 @@ class Difference:
         tensor: canonical name.
         rank: directions that hold nine tenths of the energy of b - a in the sampled rows.
         rows: rows that were sampled.
-        unevenness: relative error of the rows, 90 % quantile over 10 % quantile; infinite where a tenth of
-            the rows is equal.
+        unevenness: relative error of the rows, 90 % quantile over 10 % quantile; None where a tenth of the
+            rows is equal.
     """
 
     tensor: str
     rank: int
     rows: int
-    unevenness: float
+    unevenness: float | None
 
     @property
     def is_low_rank(self) -> bool:
@@ -83,6 +83,7 @@ def matrices(rows: Sequence[Row]) -> list[Row]:
         for row in rows
         if "x" in row["shape_a"]
         and row["compared_count"] == row["element_count"] > 0
+        and row["nmse"] is not None
         and (row["expected_nmse"] is not None or row["dtype_b"] in ("F32", "F64") or not row["nmse"])
     ]
 
@@ -194,7 +195,7 @@ def _as_training_would(figures: Mapping[str, Any], differences: Sequence[Differe
     alike = low > 0 and high <= _ALIKE * low
     if differences and all(item.is_low_rank for item in differences):
         return True
-    even = all(item.unevenness <= _EVEN for item in differences)
+    even = all(item.unevenness is not None and item.unevenness <= _EVEN for item in differences)
     if figures["matrices_different"] < _NEARLY_ALL * figures["matrices"]:
         # A part that was trained stays near to where it began; what a converter did to it need not.
         return bool(alike and even and middle <= _NEAR)
@@ -224,7 +225,7 @@ def difference_of(pair: Pair) -> Difference:
     energy = np.sum(a * a, axis=1)
     relative = np.sort(np.sqrt(error / np.where(energy > 0, energy, 1.0)))
     low, high = _quantile(relative.tolist(), 0.1), _quantile(relative.tolist(), 0.9)
-    unevenness = high / low if low > 0 else float("inf")
+    unevenness = high / low if low > 0 else None
     return Difference(pair.tensor, _rank(b - a), len(rows), unevenness)
 
 
