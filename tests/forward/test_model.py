@@ -79,13 +79,16 @@ def test_listening_changes_nothing_and_every_tap_comes_once_in_order(artifact: A
 def test_taps_obey_the_identities_of_the_architecture(artifact: Artifact) -> None:
     tap = Collector()
     ForwardPass({"teacher": artifact}, TEACHER).run(BATCH, tap)
+    attended, moved = "attn_out", "ffn_out"
+    if artifact.config.post_norms:
+        attended, moved = "post_attn_norm", "post_ffn_norm"
     for layer in range(artifact.config.num_layers):
         get = {
             name: tap.arrays.get(f"layers.{layer}.{name}")
             for name in (
-                "attn_out",
+                attended,
                 "post_attn_residual",
-                "ffn_out",
+                moved,
                 "post_ffn_residual",
                 "ffn_silu",
                 "ffn_up",
@@ -95,8 +98,8 @@ def test_taps_obey_the_identities_of_the_architecture(artifact: Artifact) -> Non
             )
         }
         before = tap.arrays["embedding" if layer == 0 else f"layers.{layer - 1}.post_ffn_residual"]
-        assert np.array_equal(before + get["attn_out"], get["post_attn_residual"])
-        assert np.array_equal(get["post_attn_residual"] + get["ffn_out"], get["post_ffn_residual"])
+        assert np.array_equal(before + get[attended], get["post_attn_residual"])
+        assert np.array_equal(get["post_attn_residual"] + get[moved], get["post_ffn_residual"])
         assert np.array_equal(get["ffn_silu"] * get["ffn_up"], get["ffn_swiglu"])
         assert np.array_equal(get["qkv_matmul"], get["qkv_bias"]) == (not artifact.config.attention_bias)
 
