@@ -31,9 +31,9 @@ from driftscope.artifacts.derive.recipe import SCHEMES, tensor_formats
 from driftscope.artifacts.derive.safetensors_file import SafetensorsWriter
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import to_gguf
-from driftscope.artifacts.token_types import CONTROL, NORMAL
-from driftscope.artifacts.tokenizer import tokenizer_from_vocabulary
-from driftscope.artifacts.vocabulary import Vocabulary
+from driftscope.artifacts.tokenizers.token_types import CONTROL, NORMAL
+from driftscope.artifacts.tokenizers.tokenizer import tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import Vocabulary
 from driftscope.errors import InputError
 from driftscope.kernels.formats import format_of, row_bytes
 from driftscope.kernels.reference import dequantize as reference

@@ -13,7 +13,7 @@ from tests.helpers.tiny_vocabulary import tiny_vocabulary
 
 from driftscope.artifacts.chat import MAX_TEMPLATE_CHARACTERS, render_chat, render_chats
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import load_tokenizer, tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer, tokenizer_from_vocabulary
 from driftscope.errors import InputError
 
 # ChatML with a default system message, tools and tool calls, in the way of Qwen2.5.

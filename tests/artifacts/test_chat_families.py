@@ -12,7 +12,7 @@ import transformers
 from tests.helpers.tiny_vocabulary import tiny_vocabulary
 
 from driftscope.artifacts.chat import TEMPLATE_DATE, render_chat, render_chats
-from driftscope.artifacts.tokenizer import tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.tokenizer import tokenizer_from_vocabulary
 from driftscope.errors import InputError
 
 # One long expression a line, a system message wrapped into the user's first one, roles that alternate.

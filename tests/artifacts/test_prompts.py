@@ -15,7 +15,7 @@ from tests.helpers.tiny_vocabulary import SIZE, add_tokenizer, tiny_vocabulary
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.prompts import Prompt, encode_prompts
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.errors import InputError
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

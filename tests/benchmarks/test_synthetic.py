@@ -13,7 +13,7 @@ from driftscope.artifacts.derive.recipe import tensor_formats
 from driftscope.artifacts.names import to_gguf
 from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.tensor import TensorRef
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.engines import llama_cpp
 from driftscope.errors import InputError
 from driftscope.forward.batch import TokenBatch

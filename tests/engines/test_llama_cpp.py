@@ -21,7 +21,7 @@ from driftscope.artifacts.chat import render_chat
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.engines import llama_cpp as engine
 from driftscope.errors import InputError
 from driftscope.forward.architecture import site_shape, site_tensor

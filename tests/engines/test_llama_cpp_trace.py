@@ -15,7 +15,7 @@ from tests.forward.models import write_model
 
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.engines import llama_cpp as engine
 from driftscope.engines import own
 from driftscope.engines import transformers as torch_engine

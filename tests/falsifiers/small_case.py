@@ -14,7 +14,7 @@ from tests.helpers.tiny_vocabulary import SIZE, tiny_vocabulary
 
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.tokenizer import tokenizer_from_vocabulary
 
 PROMPTS: dict[str, Any] = {
     "trace": [

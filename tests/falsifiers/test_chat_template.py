@@ -13,7 +13,7 @@ from tests.falsifiers.registered import CONTRACTS, NOWHERE, verdict
 from tests.falsifiers.small_case import CHATML, SmallCase, small_models, speaking_models
 
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import Tokenizer, load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from driftscope.contracts.loading import load_contract
 from driftscope.falsifiers import chat_template as module
 

@@ -10,7 +10,7 @@ import pytest
 from tests.falsifiers.registered import CONTRACTS, NOWHERE, verdict
 from tests.falsifiers.small_case import SmallCase, small_models, speaking_models
 
-from driftscope.artifacts.tokenizer import Tokenizer, load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from driftscope.contracts.loading import load_contract
 from driftscope.errors import InputError
 from driftscope.falsifiers import code_completion as module

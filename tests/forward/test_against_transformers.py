@@ -13,7 +13,7 @@ from driftscope.artifacts.chat import render_chat
 from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.engines import transformers as engine
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.model import ForwardPass

@@ -14,7 +14,7 @@ from tests.forward.models import SWITCHES, write_model
 from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.engines import transformers as engine
 from driftscope.errors import InputError
 from driftscope.forward import generate as module

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from driftscope.artifacts.tokenizer_bounds import check_growth
+from driftscope.artifacts.tokenizers.bounds import check_growth
 from driftscope.errors import InputError
 from tests.fuzz.apr_structure import with_checksums
 from tests.fuzz.gguf_structure import structure_of

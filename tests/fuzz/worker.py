@@ -20,13 +20,13 @@ from random import Random
 from typing import Any
 
 from driftscope.artifacts.complete import check_complete
-from driftscope.artifacts.folder_vocabulary import vocabulary_from_folder
 from driftscope.artifacts.gguf import Strings
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.stop_tokens import stop_tokens
 from driftscope.artifacts.tensor import TensorRef
-from driftscope.artifacts.tokenizer import load_tokenizer, model_folder
+from driftscope.artifacts.tokenizers.folder_vocabulary import vocabulary_from_folder
+from driftscope.artifacts.tokenizers.stop_tokens import stop_tokens
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer, model_folder
 from driftscope.errors import InputError
 from driftscope.kernels.dequantize import dequantize
 from tests.fuzz.lines import Lines

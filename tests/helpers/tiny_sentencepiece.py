@@ -8,8 +8,8 @@ from functools import cache
 
 import sentencepiece
 
-from driftscope.artifacts.token_types import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from driftscope.artifacts.vocabulary import SPM, Vocabulary
+from driftscope.artifacts.tokenizers.token_types import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from driftscope.artifacts.tokenizers.vocabulary import SPM, Vocabulary
 from tests.helpers.texts import varied_texts
 
 SPACE = "\u2581"

@@ -10,8 +10,8 @@ from pathlib import Path
 import gguf
 import tokenizers
 
-from driftscope.artifacts.token_types import CONTROL, NORMAL, USER_DEFINED
-from driftscope.artifacts.vocabulary import SPM, Vocabulary
+from driftscope.artifacts.tokenizers.token_types import CONTROL, NORMAL, USER_DEFINED
+from driftscope.artifacts.tokenizers.vocabulary import SPM, Vocabulary
 from tests.helpers.texts import varied_texts
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -178,7 +178,7 @@ def _of_gguf(metadata: Mapping[str, Any]) -> TokenizerFacts:
 
 
 def _of_folder(folder: Path) -> TokenizerFacts:
-    from driftscope.artifacts.folder_tokenizer import (
+    from driftscope.artifacts.tokenizers.folder_tokenizer import (
         has_tokenizer,
         read_chat_template,
         read_folder,
@@ -213,7 +213,7 @@ def _is_sentencepiece(document: Mapping[str, Any], path: Path) -> bool:
 
 def _of_any(artifact: Artifact) -> TokenizerFacts:
     """By the tokenizer itself, where it can be built."""
-    from driftscope.artifacts.tokenizer import load_tokenizer
+    from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(artifact)
     document = json.loads(tokenizer.to_json())

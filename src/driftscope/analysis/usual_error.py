@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-from driftscope.artifacts.apr_dtypes import AprTensor
+from driftscope.artifacts.apr.dtypes import AprTensor
 from driftscope.artifacts.tensor import TensorRef
 
 _CODEBOOKS = {

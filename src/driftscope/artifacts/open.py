@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from driftscope.artifacts.apr import MAGIC as APR_MAGIC
+from driftscope.artifacts.apr.container import MAGIC as APR_MAGIC
 from driftscope.artifacts.config import config_from_hf
 from driftscope.artifacts.files import (
     check_members,
@@ -78,7 +78,7 @@ def open_artifact(
         if start == MAGIC:
             return _open_gguf(path)
         if start == APR_MAGIC:
-            from driftscope.artifacts.apr_model import open_apr
+            from driftscope.artifacts.apr.model import open_apr
 
             return open_apr(path, verified=verified, progress=progress)
     if path.suffix == ".safetensors":

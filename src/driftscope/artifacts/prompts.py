@@ -13,7 +13,7 @@ import numpy as np
 from driftscope.artifacts.chat import render_chat
 from driftscope.artifacts.files import regular_file_size
 from driftscope.artifacts.model import Artifact
-from driftscope.artifacts.tokenizer import Tokenizer, load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from driftscope.errors import InputError
 
 _MAX_FILE_BYTES = 16 * 2**20

@@ -17,7 +17,7 @@ from driftscope.forward.policy import Choice, Policy
 
 if TYPE_CHECKING:
     from driftscope.artifacts.model import Artifact
-    from driftscope.artifacts.tokenizer import Tokenizer
+    from driftscope.artifacts.tokenizers.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
 
@@ -44,7 +44,7 @@ def finite(*logits: F32) -> bool:
 
 def tokenizer_of(artifact: Artifact) -> Tokenizer | None:
     """Return a model's tokenizer; None where it carries none that can be used, which a model need not."""
-    from driftscope.artifacts.tokenizer import load_tokenizer
+    from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(artifact)

@@ -12,7 +12,7 @@ from driftscope.falsifiers.reader import EvidenceReader
 from driftscope.falsifiers.sampling import F64, Resampling, generator, parameter, with_interval
 
 if TYPE_CHECKING:
-    from driftscope.artifacts.tokenizer import Tokenizer
+    from driftscope.artifacts.tokenizers.tokenizer import Tokenizer
 
 _START, _END = "<|im_start|>", "<|im_end|>"
 _PIECES = (

@@ -95,7 +95,7 @@ def _roles(parameters: Mapping[str, Any]) -> list[str]:
 
 def _complete(artifact: Artifact, path: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     from driftscope.artifacts.chat import render_chat
-    from driftscope.artifacts.stop_tokens import stop_tokens
+    from driftscope.artifacts.tokenizers.stop_tokens import stop_tokens
 
     tokenizer = tokenizer_of(artifact)
     if tokenizer is None or tokenizer.chat_template is None:

@@ -16,7 +16,7 @@ from driftscope.falsifiers.sampling import F64, Resampling, generator, parameter
 from driftscope.forward.generate import NOT_FINITE, Generation, generate
 
 if TYPE_CHECKING:
-    from driftscope.artifacts.tokenizer import Tokenizer
+    from driftscope.artifacts.tokenizers.tokenizer import Tokenizer
 
 _CONTROL_TOKENS = 8
 _DRAWN_VOCABULARY = 1000
@@ -110,7 +110,7 @@ class _Model:
     """A model with its tokenizer."""
 
     def __init__(self, artifact: Artifact, tokenizer: Tokenizer) -> None:
-        from driftscope.artifacts.stop_tokens import stop_tokens
+        from driftscope.artifacts.tokenizers.stop_tokens import stop_tokens
 
         self._artifact, self._tokenizer = artifact, tokenizer
         self._stop = stop_tokens(artifact, tokenizer)

@@ -136,7 +136,7 @@ class Workbench:
 
     @cached_property
     def _words(self) -> Sequence[int]:
-        from driftscope.artifacts.tokenizer import load_tokenizer
+        from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 
         assert self._default is not None
         return load_tokenizer(self._default).encode(_TEXT)

@@ -17,7 +17,7 @@ from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.derive.recipe import SCHEMES
 from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.errors import InputError
 
 # Rows that fit blocks of 256, and rows of which only some do.

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from driftscope.artifacts.complete import check_complete
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.derive.convert import container_of, convert
-from driftscope.artifacts.folder_vocabulary import PRE_NAME_KEY
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import load_tokenizer, tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.folder_vocabulary import PRE_NAME_KEY
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer, tokenizer_from_vocabulary
 from driftscope.errors import InputError
 from driftscope.kernels.dequantize import dequantize
 

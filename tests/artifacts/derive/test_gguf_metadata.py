@@ -15,11 +15,11 @@ from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.tiny_vocabulary import SIZE, tiny_vocabulary
 
 from driftscope.artifacts.derive.candidate import write_candidate
-from driftscope.artifacts.folder_vocabulary import PRE_NAME_KEY
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.pretokenizers import PRE_TOKENIZERS
-from driftscope.artifacts.tokenizer import load_tokenizer, tokenizer_from_vocabulary
-from driftscope.artifacts.vocabulary import SPECIAL_KEYS
+from driftscope.artifacts.tokenizers.folder_vocabulary import PRE_NAME_KEY
+from driftscope.artifacts.tokenizers.pretokenizers import PRE_TOKENIZERS
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer, tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import SPECIAL_KEYS
 from driftscope.errors import InputError
 
 LLAMA3 = {

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from driftscope.artifacts.derive import rows
 from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.errors import InputError
 
 Q4_1, Q8_0, F16, BF16 = (gguf.GGMLQuantizationType[name] for name in ("Q4_1", "Q8_0", "F16", "BF16"))

@@ -16,8 +16,8 @@ from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.prompts import encode_prompts
-from driftscope.artifacts.stop_tokens import stop_tokens
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.stop_tokens import stop_tokens
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.artifacts.apr import (
+from driftscope.artifacts.apr.config import HF_CONFIG, KEYS, ROPE_NEOX, ROPE_NORM
+from driftscope.artifacts.apr.container import (
     CHECKSUM_BYTES,
     CHECKSUM_OFFSET,
     HAS_VOCABULARY,
@@ -28,8 +29,7 @@ from driftscope.artifacts.apr import (
     aligned,
     header_checksum,
 )
-from driftscope.artifacts.apr_config import HF_CONFIG, KEYS, ROPE_NEOX, ROPE_NORM
-from driftscope.artifacts.apr_dtypes import (
+from driftscope.artifacts.apr.dtypes import (
     APR_Q4,
     APR_Q8,
     CODES,
@@ -40,8 +40,8 @@ from driftscope.artifacts.apr_dtypes import (
     quantize_q8,
     stored_bytes,
 )
-from driftscope.artifacts.apr_dtypes import QUANTIZED as QUANTIZED_DTYPES
-from driftscope.artifacts.apr_tokenizer import TOKENS, apr_keys
+from driftscope.artifacts.apr.dtypes import QUANTIZED as QUANTIZED_DTYPES
+from driftscope.artifacts.apr.tokenizer import TOKENS, apr_keys
 from driftscope.artifacts.derive.atomic import atomic_file
 from driftscope.artifacts.derive.hf_config import hf_config
 from driftscope.artifacts.derive.hf_folder import main_float

@@ -19,14 +19,14 @@ from driftscope.artifacts.derive.gguf_metadata import (
     rope_divisors,
 )
 from driftscope.artifacts.derive.source import source_of_copy
-from driftscope.artifacts.folder_tokenizer import has_tokenizer
-from driftscope.artifacts.folder_vocabulary import vocabulary_from_folder
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import gguf_layout
 from driftscope.artifacts.tensor import TensorRef
-from driftscope.artifacts.tokenizer import model_folder
+from driftscope.artifacts.tokenizers.folder_tokenizer import has_tokenizer
+from driftscope.artifacts.tokenizers.folder_vocabulary import vocabulary_from_folder
+from driftscope.artifacts.tokenizers.tokenizer import model_folder
+from driftscope.artifacts.tokenizers.vocabulary import Vocabulary, vocabulary_from_gguf
 from driftscope.artifacts.transforms import rope_heads
-from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 from driftscope.kernels.formats import row_bytes
 

@@ -12,7 +12,7 @@ from driftscope.artifacts.gguf_config import gguf_attention_scale
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import GGUF_ARCHITECTURES, ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from driftscope.artifacts.rope_factors import llama3_factors
-from driftscope.artifacts.vocabulary import SPECIAL_KEYS, SPM, Vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import SPECIAL_KEYS, SPM, Vocabulary
 from driftscope.artifacts.yarn import attention_factor, softening
 from driftscope.errors import InputError
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from driftscope.artifacts.apr_config import HF_CONFIG
+from driftscope.artifacts.apr.config import HF_CONFIG
 from driftscope.artifacts.config import text_part
 from driftscope.artifacts.model import Artifact, ModelConfig
-from driftscope.artifacts.vocabulary import Vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import Vocabulary
 from driftscope.errors import InputError
 
 _CLASSES = {

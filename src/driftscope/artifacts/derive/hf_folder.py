@@ -16,13 +16,13 @@ from driftscope.artifacts.derive.atomic import atomic_folder
 from driftscope.artifacts.derive.hf_config import hf_config
 from driftscope.artifacts.derive.safetensors_file import SafetensorsWriter
 from driftscope.artifacts.derive.source import source_of_copy
-from driftscope.artifacts.folder_vocabulary import PRE_NAME_KEY
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import hf_layout
-from driftscope.artifacts.stop_tokens import stop_tokens
 from driftscope.artifacts.tensor import TensorRef
-from driftscope.artifacts.tokenizer import model_folder, tokenizer_from_vocabulary
-from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_gguf
+from driftscope.artifacts.tokenizers.folder_vocabulary import PRE_NAME_KEY
+from driftscope.artifacts.tokenizers.stop_tokens import stop_tokens
+from driftscope.artifacts.tokenizers.tokenizer import model_folder, tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 
 MAX_SHARD_BYTES = 500_000_000

@@ -7,10 +7,10 @@ from typing import Any
 import gguf
 
 from driftscope.artifacts.derive.gguf_metadata import add_vocabulary
-from driftscope.artifacts.folder_tokenizer import has_tokenizer
-from driftscope.artifacts.folder_vocabulary import vocabulary_from_folder
 from driftscope.artifacts.model import Artifact
-from driftscope.artifacts.tokenizer import model_folder
+from driftscope.artifacts.tokenizers.folder_tokenizer import has_tokenizer
+from driftscope.artifacts.tokenizers.folder_vocabulary import vocabulary_from_folder
+from driftscope.artifacts.tokenizers.tokenizer import model_folder
 
 _PREFIX = "tokenizer."
 _NONE = (None, "none", "no_vocab")

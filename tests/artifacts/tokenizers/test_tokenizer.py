@@ -22,16 +22,16 @@ from tests.helpers.tiny_vocabulary import (
 )
 
 from driftscope.artifacts.derive.teacher import write_teacher
-from driftscope.artifacts.folder_vocabulary import PRE_NAME_KEY, vocabulary_from_folder
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.pretokenizers import PRE_TOKENIZERS, find_name
-from driftscope.artifacts.tokenizer import (
+from driftscope.artifacts.tokenizers.folder_vocabulary import PRE_NAME_KEY, vocabulary_from_folder
+from driftscope.artifacts.tokenizers.pretokenizers import PRE_TOKENIZERS, find_name
+from driftscope.artifacts.tokenizers.tokenizer import (
     Tokenizer,
     load_tokenizer,
     tokenizer_from_folder,
     tokenizer_from_vocabulary,
 )
-from driftscope.artifacts.vocabulary import Vocabulary, vocabulary_from_gguf
+from driftscope.artifacts.tokenizers.vocabulary import Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 
 PRE_NAMES = [name for rule in PRE_TOKENIZERS for name in rule.names]

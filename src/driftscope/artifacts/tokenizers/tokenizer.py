@@ -10,18 +10,18 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from driftscope.artifacts.folder_tokenizer import (
+from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.tokenizers.folder_tokenizer import (
     begin_and_end,
     read_chat_template,
     read_folder,
     special_tokens_of_config,
 )
-from driftscope.artifacts.model import Artifact
-from driftscope.artifacts.pretokenizers import pre_tokenizer
-from driftscope.artifacts.spm_encoder import SpmEncoder
-from driftscope.artifacts.spm_json import bpe_model, decoder, escaping_normalizer, merges_of_scores
-from driftscope.artifacts.token_types import SPECIAL_TYPES, USER_DEFINED
-from driftscope.artifacts.vocabulary import SPM, Vocabulary, vocabulary_from_gguf
+from driftscope.artifacts.tokenizers.pretokenizers import pre_tokenizer
+from driftscope.artifacts.tokenizers.spm_encoder import SpmEncoder
+from driftscope.artifacts.tokenizers.spm_json import bpe_model, decoder, escaping_normalizer, merges_of_scores
+from driftscope.artifacts.tokenizers.token_types import SPECIAL_TYPES, USER_DEFINED
+from driftscope.artifacts.tokenizers.vocabulary import SPM, Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 
 _T = TypeVar("_T")

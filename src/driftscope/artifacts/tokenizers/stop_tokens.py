@@ -7,8 +7,8 @@ from typing import Any
 
 from driftscope.artifacts.files import read_json_object
 from driftscope.artifacts.model import Artifact
-from driftscope.artifacts.token_types import TURN_ENDS
-from driftscope.artifacts.tokenizer import Tokenizer, model_folder
+from driftscope.artifacts.tokenizers.token_types import TURN_ENDS
+from driftscope.artifacts.tokenizers.tokenizer import Tokenizer, model_folder
 from driftscope.errors import InputError
 
 # What GGUF names of the tokens that end a text, a turn, and a message of a turn.

@@ -16,7 +16,7 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from driftscope.artifacts.token_types import CONTROL, SPECIAL_TYPES, UNKNOWN
+from driftscope.artifacts.tokenizers.token_types import CONTROL, SPECIAL_TYPES, UNKNOWN
 from driftscope.errors import InputError
 
 SPACE = "\u2581"

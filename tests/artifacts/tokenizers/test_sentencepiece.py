@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tests.helpers.tiny_sentencepiece import SIZE, processor, spm_vocabulary, trained
 
-from driftscope.artifacts.folder_vocabulary import vocabulary_from_folder
-from driftscope.artifacts.sentencepiece import BPE_MODEL, UNIGRAM_MODEL, read_sentencepiece
-from driftscope.artifacts.spm_json import merges_of_scores, scores_of_merges
-from driftscope.artifacts.token_types import CONTROL, NORMAL, USER_DEFINED
-from driftscope.artifacts.tokenizer import tokenizer_from_folder
+from driftscope.artifacts.tokenizers.folder_vocabulary import vocabulary_from_folder
+from driftscope.artifacts.tokenizers.sentencepiece import BPE_MODEL, UNIGRAM_MODEL, read_sentencepiece
+from driftscope.artifacts.tokenizers.spm_json import merges_of_scores, scores_of_merges
+from driftscope.artifacts.tokenizers.token_types import CONTROL, NORMAL, USER_DEFINED
+from driftscope.artifacts.tokenizers.tokenizer import tokenizer_from_folder
 from driftscope.errors import InputError
 
 

@@ -22,9 +22,9 @@ from tests.helpers.tiny_sentencepiece import (
 from tests.helpers.tiny_vocabulary import write_vocabulary_gguf
 
 from driftscope.artifacts.gguf import read_gguf
-from driftscope.artifacts.token_types import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-from driftscope.artifacts.tokenizer import tokenizer_from_vocabulary
-from driftscope.artifacts.vocabulary import SPM, Vocabulary, vocabulary_from_gguf
+from driftscope.artifacts.tokenizers.token_types import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from driftscope.artifacts.tokenizers.tokenizer import tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import SPM, Vocabulary, vocabulary_from_gguf
 from driftscope.errors import InputError
 
 MARKS = ("<s>", "</s>", "<unk>", *CONTROL_TOKENS, "<tool>", "\n\n", "  ", "     ")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.helpers import apr_bytes as apr
 from tests.helpers.apr_bytes import apr_bytes
 
-from driftscope.artifacts.apr import read_apr
+from driftscope.artifacts.apr.container import read_apr
 from driftscope.errors import InputError
 
 ONES = np.ones((3, 40), np.float32)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from driftscope.artifacts.pretokenizers import pre_tokenizer
-from driftscope.artifacts.token_types import BYTE, NORMAL, SPECIAL_TYPES, effective_types
+from driftscope.artifacts.tokenizers.pretokenizers import pre_tokenizer
+from driftscope.artifacts.tokenizers.token_types import BYTE, NORMAL, SPECIAL_TYPES, effective_types
 from driftscope.errors import InputError
 
 # Hugging Face's name of a special token, and GGUF's.

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from driftscope.artifacts.folder_tokenizer import read_chat_template, read_folder, special_tokens_of_config
-from driftscope.artifacts.pretokenizers import find_name
-from driftscope.artifacts.spm_encoder import SPACE
-from driftscope.artifacts.spm_json import scores_of_merges
-from driftscope.artifacts.token_types import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from driftscope.artifacts.vocabulary import SPM, Vocabulary, is_byte_text
+from driftscope.artifacts.tokenizers.folder_tokenizer import (
+    read_chat_template,
+    read_folder,
+    special_tokens_of_config,
+)
+from driftscope.artifacts.tokenizers.pretokenizers import find_name
+from driftscope.artifacts.tokenizers.spm_encoder import SPACE
+from driftscope.artifacts.tokenizers.spm_json import scores_of_merges
+from driftscope.artifacts.tokenizers.token_types import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from driftscope.artifacts.tokenizers.vocabulary import SPM, Vocabulary, is_byte_text
 from driftscope.errors import InputError
 
 # Key of tokenizer_config.json that keeps the GGUF name of the pre-tokenizer.

@@ -13,9 +13,9 @@ from tests.helpers.tiny_gguf import CONTEXT, HEADS, HIDDEN, INNER, KV_HEADS, LAY
 from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
-from driftscope.artifacts.stop_tokens import stop_tokens
-from driftscope.artifacts.token_types import BYTE, CONTROL, NORMAL, UNKNOWN
-from driftscope.artifacts.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.stop_tokens import stop_tokens
+from driftscope.artifacts.tokenizers.token_types import BYTE, CONTROL, NORMAL, UNKNOWN
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
 from driftscope.errors import InputError
 
 

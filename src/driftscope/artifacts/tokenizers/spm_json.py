@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from driftscope.artifacts.spm_encoder import SPACE
-from driftscope.artifacts.vocabulary import MAX_SPM_TOKEN_CHARACTERS
+from driftscope.artifacts.tokenizers.spm_encoder import SPACE
+from driftscope.artifacts.tokenizers.vocabulary import MAX_SPM_TOKEN_CHARACTERS
 from driftscope.errors import InputError
 
 

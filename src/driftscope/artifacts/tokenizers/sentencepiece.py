@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from driftscope.artifacts.files import regular_file_size
-from driftscope.artifacts.token_types import BYTE, NORMAL
+from driftscope.artifacts.tokenizers.token_types import BYTE, NORMAL
 from driftscope.errors import InputError
 
 _MAX_FILE_BYTES = 256 * 2**20

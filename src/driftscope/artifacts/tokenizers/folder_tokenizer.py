@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from driftscope.artifacts.files import read_json_object, regular_file_size
-from driftscope.artifacts.sentencepiece import (
+from driftscope.artifacts.tokenizers.bounds import check_growth
+from driftscope.artifacts.tokenizers.sentencepiece import (
     BPE_MODEL,
     UNIGRAM_MODEL,
     SentencePieceModel,
     read_sentencepiece,
 )
-from driftscope.artifacts.spm_json import bpe_model, decoder, escaping_normalizer, merges_of_scores, metaspace
-from driftscope.artifacts.token_types import CONTROL, SPECIAL_TYPES, UNKNOWN
-from driftscope.artifacts.tokenizer_bounds import check_growth
-from driftscope.artifacts.vocabulary import MAX_SPM_TOKEN_CHARACTERS, SPECIAL_KEYS
+from driftscope.artifacts.tokenizers.spm_json import (
+    bpe_model,
+    decoder,
+    escaping_normalizer,
+    merges_of_scores,
+    metaspace,
+)
+from driftscope.artifacts.tokenizers.token_types import CONTROL, SPECIAL_TYPES, UNKNOWN
+from driftscope.artifacts.tokenizers.vocabulary import MAX_SPM_TOKEN_CHARACTERS, SPECIAL_KEYS
 from driftscope.errors import InputError
 
 _MAX_TEMPLATE_BYTES = 16 * 2**20

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from driftscope.artifacts.apr import AprEntry, AprFile, Progress, read_apr
-from driftscope.artifacts.apr_config import (
+from driftscope.artifacts.apr.config import (
     HF_CONFIG,
     architecture_of,
     config_from_apr,
     rows_are_interleaved,
 )
-from driftscope.artifacts.apr_dtypes import APR_Q4, APR_Q8, apr_tensor
-from driftscope.artifacts.apr_tokenizer import with_gguf_keys
+from driftscope.artifacts.apr.container import AprEntry, AprFile, Progress, read_apr
+from driftscope.artifacts.apr.dtypes import APR_Q4, APR_Q8, apr_tensor
+from driftscope.artifacts.apr.tokenizer import with_gguf_keys
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import GGUF_ARCHITECTURES, gguf_parts, hf_parts
 from driftscope.artifacts.parts import assembled, parts_of

@@ -15,8 +15,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from tests.helpers import apr_bytes
 
-from driftscope.artifacts import apr_dtypes
-from driftscope.artifacts.apr_dtypes import (
+from driftscope.artifacts.apr import dtypes as apr_dtypes
+from driftscope.artifacts.apr.dtypes import (
     NAMES,
     AprTensor,
     apr_q4_of_q4_0,

@@ -25,11 +25,11 @@ from tests.helpers.tiny_sentencepiece import (
 from transformers.convert_slow_tokenizer import generate_merges
 
 from driftscope.artifacts.derive.gguf_metadata import add_vocabulary
-from driftscope.artifacts.folder_tokenizer import begin_and_end
-from driftscope.artifacts.folder_vocabulary import vocabulary_from_folder
-from driftscope.artifacts.spm_json import decoder, escaping_normalizer, metaspace
-from driftscope.artifacts.tokenizer import tokenizer_from_folder, tokenizer_from_vocabulary
-from driftscope.artifacts.vocabulary import SPM
+from driftscope.artifacts.tokenizers.folder_tokenizer import begin_and_end
+from driftscope.artifacts.tokenizers.folder_vocabulary import vocabulary_from_folder
+from driftscope.artifacts.tokenizers.spm_json import decoder, escaping_normalizer, metaspace
+from driftscope.artifacts.tokenizers.tokenizer import tokenizer_from_folder, tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import SPM
 from driftscope.errors import InputError
 
 MARKS = ("<s>", "</s>", *CONTROL_TOKENS, "<tool>", "<|end|>", "<|user|>", "  ", "\n\n")

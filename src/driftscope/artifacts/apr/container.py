@@ -15,7 +15,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Any, BinaryIO, NoReturn
 
-from driftscope.artifacts.apr_dtypes import NAMES, stored_bytes
+from driftscope.artifacts.apr.dtypes import NAMES, stored_bytes
 from driftscope.artifacts.files import parse_json_object, regular_file_size
 from driftscope.errors import InputError
 
