@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.analysis.tensor_rows import F32, U8, spans, stored_bytes
+from driftscope.analysis.tensor_rows import F32, U8, slabs
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.kernels.dequantize import dequantize
 from driftscope.kernels.formats import format_of
@@ -21,13 +21,7 @@ def is_rounded_copy(a: TensorRef, b: TensorRef) -> bool:
     """
     if a.shape != b.shape or a.value_offset != b.value_offset or not is_float(b.dtype):
         return False
-    for first, end in spans(a):
-        stored = stored_bytes(b, first, end)
-        if not np.array_equal(
-            _rounded(stored_bytes(a, first, end), a.dtype, b.dtype), _bits(stored, b.dtype)
-        ):
-            return False
-    return True
+    return all(np.array_equal(_rounded(x, a.dtype, b.dtype), _bits(y, b.dtype)) for x, y in slabs(a, b))
 
 
 def is_float(dtype: str) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from driftscope.analysis.outside_cells import outside_cells
 from driftscope.analysis.pairs import undone
 from driftscope.analysis.rounded_copy import is_float, is_rounded_copy
-from driftscope.analysis.tensor_rows import spans, stored_bytes
+from driftscope.analysis.tensor_rows import slabs
 from driftscope.analysis.usual_error import usual_nmse
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.kernels.compare import TensorComparison, merge
@@ -154,16 +154,11 @@ def _compare(a: TensorRef, b: TensorRef, kernels: Kernels) -> TensorComparison:
     if a.value_offset == b.value_offset:
         return kernels.compare(a.raw(), a.dtype, b.raw(), b.dtype, rows_a=a.row_order(), rows_b=b.row_order())
     level = max(a.value_offset, b.value_offset)
-    parts = []
-    for first, end in spans(a):
-        x, y = (_raised(ref, level, first, end) for ref in (a, b))
-        parts.append(kernels.compare(*x, *y))
-    return merge(parts)
+    return merge([kernels.compare(*_raised(a, level, x), *_raised(b, level, y)) for x, y in slabs(a, b)])
 
 
-def _raised(ref: TensorRef, level: float, first: int, end: int) -> tuple[NDArray[np.uint8], str]:
+def _raised(ref: TensorRef, level: float, stored: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], str]:
     """Rows with as much added to each value as `level` says, and their format."""
-    stored = stored_bytes(ref, first, end)
     if ref.value_offset == level:
         return stored, ref.dtype
     values = dequantize(stored, ref.dtype) + np.float32(level - ref.value_offset)
@@ -174,12 +169,7 @@ def _equal_beyond_f32(a: TensorRef, b: TensorRef) -> bool:
     """Whether values that are equal as f32 are equal: only F64 holds others."""
     if "F64" not in (a.dtype, b.dtype):
         return True
-    return all(
-        np.array_equal(
-            _in_f64(stored_bytes(a, first, end), a.dtype), _in_f64(stored_bytes(b, first, end), b.dtype)
-        )
-        for first, end in spans(a)
-    )
+    return all(np.array_equal(_in_f64(x, a.dtype), _in_f64(y, b.dtype)) for x, y in slabs(a, b))
 
 
 def _in_f64(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:

@@ -60,14 +60,19 @@ def sampled_rows(n_rows: int, count: int) -> Rows:
     return np.sort(random.permutation(n_rows)[:count])
 
 
-def spans(ref: TensorRef) -> Iterator[tuple[int, int]]:
-    """First and end row of slabs of about `SLAB_VALUES` values."""
-    step = max(1, SLAB_VALUES // max(1, ref.shape[-1]))
-    for first in range(0, ref.n_rows, step):
-        yield first, min(first + step, ref.n_rows)
+def slabs(a: TensorRef, b: TensorRef) -> Iterator[tuple[U8, U8]]:
+    """The bytes of two tensors of one shape, the same canonical rows of both at a time.
 
+    Each tensor is read once: reading one that is decoded as it is read takes time and memory.
 
-def stored_bytes(ref: TensorRef, first: int, end: int) -> U8:
-    """The bytes of canonical rows, ``uint8[end - first, row_bytes]``."""
-    raw, order = ref.raw(), ref.row_order()
-    return raw[first:end] if order is None else raw[order[first:end]]
+    Yields:
+        ``uint8[rows, row_bytes]`` of a and of b, of about `SLAB_VALUES` values.
+    """
+    (raw_a, order_a), (raw_b, order_b) = ((ref.raw(), ref.row_order()) for ref in (a, b))
+    step = max(1, SLAB_VALUES // max(1, a.shape[-1]))
+    for first in range(0, a.n_rows, step):
+        rows = slice(first, first + step)
+        yield (
+            raw_a[rows] if order_a is None else raw_a[order_a[rows]],
+            raw_b[rows] if order_b is None else raw_b[order_b[rows]],
+        )
