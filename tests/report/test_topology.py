@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import random
+from functools import partial
 
+import pytest
+
+from driftscope.artifacts.complete import layer_shapes
 from driftscope.artifacts.model import ModelConfig
+from driftscope.evidence.taps import LAYER_TAPS
 from driftscope.forward import policy
-from driftscope.forward.architecture import embedding_op, head_ops, layer_ops
+from driftscope.forward.architecture import layer_ops, norm_tensor
 from driftscope.report.topology import (
-    LAYER_TAPS,
-    MODEL_TAPS,
     SITES,
+    has_post_norms,
     op_of_tensor,
     pair_order,
     site_order,
@@ -26,11 +31,34 @@ def test_taps_sort_as_the_forward_pass_makes_them() -> None:
     assert sorted(shuffled, key=lambda place: tap_order(*place)) == expected
 
 
-def test_the_order_is_the_forward_passs_own() -> None:
-    config = ModelConfig("llama", 8, 2, 2, 1, 4, 16, 32, 64, 1e-5, 1e4)
-    assert [op.tap for op in layer_ops(config)] == list(LAYER_TAPS)
-    assert [embedding_op(config).tap, *(op.tap for op in head_ops(config))] == list(MODEL_TAPS)
+PLAIN = ModelConfig("llama", 8, 2, 2, 1, 4, 16, 32, 64, 1e-5, 1e4)
+GEMMA = dataclasses.replace(PLAIN, architecture="gemma3_text", post_norms=True, qk_norm=True)
+
+
+@pytest.mark.parametrize("config", [PLAIN, GEMMA])
+def test_the_order_is_the_forward_passs_own(config: ModelConfig) -> None:
+    taps = [op.tap for op in layer_ops(config)]
+    assert sorted(taps, key=lambda tap: tap_order(0, tap)) == taps
     assert policy.SITES == SITES
+
+
+@pytest.mark.parametrize("config", [PLAIN, GEMMA])
+def test_norms_are_named_as_the_forward_pass_uses_them(config: ModelConfig) -> None:
+    names = [f"model.layers.1.{name}" for name in layer_shapes(config)]
+    post_norms = has_post_norms(names)
+    assert post_norms == config.post_norms
+    taps = ("attn_norm", "ffn_norm", *(("post_attn_norm", "post_ffn_norm") if post_norms else ()))
+    for tap in taps:
+        assert op_of_tensor(norm_tensor(config, 1, tap), post_norms=post_norms) == (1, tap)
+
+
+def test_gemmas_norms_sort_around_their_blocks() -> None:
+    names = [
+        *("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "pre_feedforward_layernorm"),
+        *("mlp.gate_proj", "mlp.down_proj", "post_feedforward_layernorm"),
+    ]
+    tensors = [f"model.layers.3.{name}.weight" for name in names]
+    assert sorted(sorted(tensors), key=partial(tensor_order, post_norms=True)) == tensors
 
 
 def test_an_unknown_tap_comes_last_in_its_layer() -> None:

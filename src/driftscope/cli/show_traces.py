@@ -17,12 +17,14 @@ _SHOWN = {
     "attn_norm": "attn norm",
     "qkv_bias": "q, k, v",
     "attention": "attention",
+    "post_attn_norm": "its norm",
     "post_attn_residual": "+ attn",
     "ffn_norm": "ffn norm",
     "ffn_swiglu": "swiglu",
+    "post_ffn_norm": "its norm",
     "post_ffn_residual": "+ ffn",
 }
-"""Taps of a layer that have a column, and what it is called."""
+"""Taps of a layer that have a column, and what it is called; not every architecture has each."""
 
 _PACKAGES = {"llama.cpp": "llama-cpp-python"}
 
@@ -126,14 +128,16 @@ def _pair_table(console: Console, taps: Sequence[Mapping[str, Any]]) -> None:
 
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
-    for name in _SHOWN.values():
+    there = {tap["tap"] for tap in taps}
+    shown = {tap: name for tap, name in _SHOWN.items() if tap in there}
+    for name in shown.values():
         table.add_column(name, justify="right", no_wrap=True, min_width=8)
     by_layer: dict[int, dict[str, Mapping[str, Any]]] = {}
     for tap in taps:
         by_layer.setdefault(tap["layer"], {})[tap["tap"]] = tap
     whole = by_layer.pop(-1, {})
     for layer, found in by_layer.items():
-        table.add_row(str(layer), *(_cell(found.get(name)) for name in _SHOWN))
+        table.add_row(str(layer), *(_cell(found.get(name)) for name in shown))
     if by_layer:
         console.print(table)
     said = [

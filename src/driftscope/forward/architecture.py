@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from driftscope.artifacts.model import ModelConfig
+from driftscope.evidence.taps import LAYER_TAPS, WHOLE_TAPS
 from driftscope.forward.policy import WHOLE_MODEL
 
 SITE_TENSORS = {
@@ -26,17 +27,6 @@ SITE_TENSORS = {
     "down": "mlp.down_proj",
 }
 """Module of each matmul site within a layer, in Hugging Face's names."""
-
-
-LAYER_TAPS = (
-    *("attn_norm", "qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attn_scores", "attn_softmax"),
-    *("attention", "attn_out", "post_attn_norm", "post_attn_residual", "ffn_norm", "ffn_gate", "ffn_up"),
-    *("ffn_silu", "ffn_swiglu", "ffn_out", "post_ffn_norm", "post_ffn_residual"),
-)
-"""All taps that a layer can have, in topological order; which of them a model has, `layer_ops` tells."""
-
-WHOLE_TAPS = ("embedding", "final_norm", "lm_head")
-"""Taps of the whole model, in topological order."""
 
 _PARTS = ("", "q", "k", "v")
 

@@ -3,30 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-LAYER_TAPS = (
-    "attn_norm",
-    "qkv_matmul",
-    "qkv_bias",
-    "q_post_rope",
-    "k_post_rope",
-    "attn_scores",
-    "attn_softmax",
-    "attention",
-    "attn_out",
-    "post_attn_residual",
-    "ffn_norm",
-    "ffn_gate",
-    "ffn_up",
-    "ffn_silu",
-    "ffn_swiglu",
-    "ffn_out",
-    "post_ffn_residual",
-)
-"""Taps of one layer, in topological order."""
-
-MODEL_TAPS = ("embedding", "final_norm", "lm_head")
-"""Taps of the whole model (layer -1), in topological order."""
+from driftscope.evidence.taps import LAYER_TAPS, WHOLE_TAPS
 
 SITES = ("embed", "norms", "q", "k", "v", "o", "gate", "up", "down", "lm_head")
 """Everything that reads weights; the matmul sites in topological order."""
@@ -51,6 +30,13 @@ _LAYER_TENSOR_OPS = {
     "mlp.down_proj.weight": "ffn_out",
 }
 
+_BEHIND_THE_BLOCKS = {
+    "post_attention_layernorm.weight": "post_attn_norm",
+    "pre_feedforward_layernorm.weight": "ffn_norm",
+    "post_feedforward_layernorm.weight": "post_ffn_norm",
+}
+"""Norms of layers that have one behind the attention and the MLP too: Gemma gives one name another op."""
+
 _MODEL_TENSOR_OPS = {
     "model.embed_tokens.weight": "embedding",
     "model.norm.weight": "final_norm",
@@ -69,26 +55,41 @@ def tap_order(layer: int, tap: str) -> tuple[int, int, int, str]:
     """
     if layer < 0:
         stage = 0 if tap == "embedding" else 2
-        place = MODEL_TAPS.index(tap) if tap in MODEL_TAPS else len(MODEL_TAPS)
+        place = WHOLE_TAPS.index(tap) if tap in WHOLE_TAPS else len(WHOLE_TAPS)
         return (stage, 0, place, tap)
     place = LAYER_TAPS.index(tap) if tap in LAYER_TAPS else len(LAYER_TAPS)
     return (1, layer, place, tap)
 
 
-def op_of_tensor(tensor: str) -> tuple[int, str]:
+def has_post_norms(tensors: Iterable[str]) -> bool:
+    """Whether a model has norms behind the attention and the MLP, by the names of its tensors."""
+    return any(name.endswith(".pre_feedforward_layernorm.weight") for name in tensors)
+
+
+def op_of_tensor(tensor: str, *, post_norms: bool = False) -> tuple[int, str]:
     """Return the layer and the op that first uses a tensor, by its Hugging Face name.
 
     A tensor of the whole model has layer -1; one that is not known is its own op.
+
+    Args:
+        tensor: its name.
+        post_norms: of a model with norms behind the attention and the MLP (`has_post_norms`).
     """
     match = _LAYER_TENSOR.fullmatch(tensor)
     if match:
-        return int(match[1]), _LAYER_TENSOR_OPS.get(match[2], match[2])
+        ops = {**_LAYER_TENSOR_OPS, **(_BEHIND_THE_BLOCKS if post_norms else {})}
+        return int(match[1]), ops.get(match[2], match[2])
     return -1, _MODEL_TENSOR_OPS.get(tensor, tensor)
 
 
-def tensor_order(tensor: str) -> tuple[int, int, int, str]:
-    """Return a sort key that puts tensors in the order in which the forward pass uses them."""
-    layer, op = op_of_tensor(tensor)
+def tensor_order(tensor: str, *, post_norms: bool = False) -> tuple[int, int, int, str]:
+    """Return a sort key that puts tensors in the order in which the forward pass uses them.
+
+    Args:
+        tensor: its name.
+        post_norms: as in `op_of_tensor`.
+    """
+    layer, op = op_of_tensor(tensor, post_norms=post_norms)
     return (*tap_order(layer, op)[:3], tensor)
 
 

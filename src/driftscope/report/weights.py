@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from driftscope.report.evidence import Document, ReportEvidence, not_run
-from driftscope.report.topology import op_of_tensor, tensor_order
+from driftscope.report.topology import has_post_norms, op_of_tensor, tensor_order
 
 if TYPE_CHECKING:
     import polars as pl
@@ -34,6 +34,9 @@ UNEXPLAINED = ("transformed", "different", "non-finite")
 
 SHOWN_AT_FAULT, SHOWN_OF_A_TRAINING = 60, 8
 """Tensors that are listed with their evidence; of two trainings fewer, since none of them is at fault."""
+
+BLOCKS_LISTED = 60
+"""Findings in single blocks and rows that are listed, those that make a tensor corrupt first."""
 
 WORST_LISTED = 12
 _LISTED = (
@@ -64,10 +67,13 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
         return not_run("no tensor was compared: the sweep is not there")
     inventory = evidence.get("sweep_inventory") or {}
     relations = _relations(sweep, evidence.get("sweep_summary") or {})
-    rows = sorted(sweep.iter_rows(named=True), key=lambda row: tensor_order(row["tensor"]))
+    post_norms = has_post_norms(relations)
+    rows = sorted(
+        sweep.iter_rows(named=True), key=lambda row: tensor_order(row["tensor"], post_norms=post_norms)
+    )
     summary = evidence.get("sweep_summary") or {}
-    for row in rows:
-        row["relation"] = relations[row["tensor"]]
+    for place, row in enumerate(rows):
+        row["relation"], row["place"] = relations[row["tensor"]], place
     trained = summary.get("conclusion") == "different-weights"
     shown = SHOWN_OF_A_TRAINING if trained else SHOWN_AT_FAULT
     counts = Counter(row["relation"] for row in rows)
@@ -83,9 +89,11 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
         "band": summary.get("band"),
         "conclusion": summary.get("conclusion"),
         "statement": summary.get("statement") or "",
+        "unexplained": sum(map(_is_unexplained, rows)),
         "at_fault": _at_fault(rows, summary)[:shown],
+        "blocks": _blocks(summary),
         "searched": dict(summary.get("searched") or {"tensors": 0, "alternatives": 0}),
-        "first_unlike": _first_unlike(rows),
+        "first_unlike": _first_unlike(rows, post_norms),
         "by_dtype": _by_dtype(rows),
         "worst": [_listed_row(row) for row in sorted(rows, key=_badness)[:WORST_LISTED]],
         "missing": list(inventory.get("missing") or []),
@@ -106,20 +114,20 @@ def _relations(sweep: pl.DataFrame, summary: Document) -> dict[str, str]:
     return found
 
 
-def _first_unlike(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Name the first tensor, in the order of the forward pass, that no legal relation explains."""
+def _first_unlike(rows: list[dict[str, Any]], post_norms: bool) -> dict[str, Any] | None:
+    """Name the first tensor, in the order of the forward pass, that is corrupt or has no legal relation."""
     for row in rows:
-        if row["relation"] in UNEXPLAINED:
-            layer, op = op_of_tensor(row["tensor"])
+        if _is_unexplained(row):
+            layer, op = op_of_tensor(row["tensor"], post_norms=post_norms)
             return {"tensor": row["tensor"], "relation": row["relation"], "layer": layer, "op": op}
     return None
 
 
 def _at_fault(rows: list[dict[str, Any]], summary: Document) -> list[dict[str, Any]]:
-    """Say of each tensor that no legal relation explains what it is, and by what evidence."""
+    """Say of each tensor that is corrupt or has no legal relation what it is, and by what evidence."""
     found = []
     for row in rows:
-        if row["relation"] not in UNEXPLAINED:
+        if not _is_unexplained(row):
             continue
         judged = (summary.get("found") or {}).get(row["tensor"]) or {}
         figures = judged.get("evidence") or {}
@@ -141,6 +149,44 @@ def _at_fault(rows: list[dict[str, Any]], summary: Document) -> list[dict[str, A
             }
         )
     return found
+
+
+def _is_unexplained(row: Mapping[str, Any]) -> bool:
+    return row["corrupt"] or row["relation"] in UNEXPLAINED
+
+
+def _blocks(summary: Document) -> dict[str, Any] | None:
+    """What single blocks and rows show; None where no tensor was looked into."""
+    totals = summary.get("blocks")
+    if not totals or not totals["tensors"]:
+        return None
+    corrupt, found = summary["corrupt"], []
+    for item in summary["block_findings"]:
+        layer, op = op_of_tensor(item["tensor"])
+        found.append(
+            {
+                "tensor": item["tensor"],
+                "layer": layer,
+                "op": op,
+                "kind": item["kind"],
+                "corrupt": item["corrupt"],
+                "row": item["row"],
+                "columns": list(item["columns"]),
+                "statement": item["statement"],
+                "evidence": dict(item["evidence"]),
+            }
+        )
+    # The sort is stable: of a tensor the worst come first, as they were given.
+    found.sort(key=lambda item: (not item["corrupt"], tensor_order(item["tensor"])))
+    return {
+        "tensors": totals["tensors"],
+        "blocks": totals["block_count"],
+        "outlying_blocks": totals["outlying_blocks"],
+        "outlying_rows": totals["outlying_rows"],
+        "corrupt_tensors": len(corrupt),
+        "found": len(found),
+        "findings": found[:BLOCKS_LISTED],
+    }
 
 
 def _by_dtype(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -173,9 +219,9 @@ def _over_expected(row: Mapping[str, Any]) -> float | None:
     return float(row["nmse"] / row["expected_nmse"])
 
 
-def _badness(row: Mapping[str, Any]) -> tuple[int, float, tuple[int, int, int, str]]:
+def _badness(row: Mapping[str, Any]) -> tuple[int, float, int]:
     """Sort key: the least explained relation first, then the largest NMSE."""
-    return (-RELATIONS.index(row["relation"]), -(row["nmse"] or 0.0), tensor_order(row["tensor"]))
+    return (-RELATIONS.index(row["relation"]), -(row["nmse"] or 0.0), row["place"])
 
 
 def _listed_row(row: Mapping[str, Any]) -> dict[str, Any]:
