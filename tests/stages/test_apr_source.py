@@ -42,13 +42,16 @@ def test_stages(tmp_path: Path) -> None:
     assert artifact.container == "apr"
 
     prompts.encode(config, teacher, tmp_path / "prompts.json")
-    sweep.shard(teacher, candidate, 0, 1, tmp_path / "shard.parquet", threads=1)
-    sweep.join(
-        teacher, candidate, [tmp_path / "shard.parquet"], tmp_path / "sweep.parquet", tmp_path / "sweep.json"
+    table, found, listed, blocks = (
+        tmp_path / name for name in ("shard.parquet", "found.json", "sweep.json", "blocks.json")
     )
-    table = read_table(tmp_path / "sweep.parquet", "sweep")
-    assert table["compared_count"].sum() == table["element_count"].sum()
-    assert read_json(tmp_path / "sweep.json")["missing"] == []
+    sweep.shard(teacher, candidate, 0, 1, table, found, threads=1)
+    sweep.join(teacher, candidate, [table], [found], tmp_path / "sweep.parquet", listed, blocks)
+    joined = read_table(tmp_path / "sweep.parquet", "sweep")
+    assert joined["compared_count"].sum() == joined["element_count"].sum()
+    assert read_json(listed)["missing"] == []
+    # An .apr file of floats is the teacher; the candidate's blocks are looked into.
+    assert read_json(blocks)["totals"]["tensors"] == joined.height
 
     outputs = [tmp_path / name for name in ("trace.parquet", "taps.safetensors", "state.safetensors")]
     trace.chunk(teacher, "teacher.f32", tmp_path / "prompts.json", 0, 1, ["*"], None, *outputs, threads=1)

@@ -6,7 +6,8 @@ rule sweep_shard:
         teacher=TEACHER,
         candidate=CANDIDATE,
     output:
-        update(f"{RESULTS}/sweep/shard_{{shard}}.parquet"),
+        table=update(f"{RESULTS}/sweep/shard_{{shard}}.parquet"),
+        blocks=update(f"{RESULTS}/sweep/blocks_{{shard}}.json"),
     log:
         f"{RESULTS}/logs/sweep/{{shard}}.log",
     benchmark:
@@ -23,8 +24,8 @@ rule sweep_shard:
         code=code_digest("sweep"),
     shell:
         "driftscope stage sweep --teacher {input.teacher} --candidate {input.candidate}"
-        " --part {wildcards.shard}/{params.shards} --out {output} --threads {threads}"
-        " --device {params.device} 2> {log}"
+        " --part {wildcards.shard}/{params.shards} --out {output.table} --blocks {output.blocks}"
+        " --threads {threads} --device {params.device} 2> {log}"
 
 
 rule sweep:
@@ -32,9 +33,11 @@ rule sweep:
         teacher=TEACHER,
         candidate=CANDIDATE,
         shards=expand(f"{RESULTS}/sweep/shard_{{shard}}.parquet", shard=range(SHARDS)),
+        blocks=expand(f"{RESULTS}/sweep/blocks_{{shard}}.json", shard=range(SHARDS)),
     output:
         table=update(f"{RESULTS}/sweep.parquet"),
         inventory=update(f"{RESULTS}/sweep.json"),
+        blocks=update(f"{RESULTS}/blocks.json"),
     log:
         f"{RESULTS}/logs/sweep.log",
     benchmark:
@@ -47,10 +50,12 @@ rule sweep:
         mem_mb=1000,
         runtime=10,
     params:
+        found=lambda wildcards, input: [f"--found={file}" for file in input.blocks],
         code=code_digest("sweep"),
     shell:
-        "driftscope stage sweep-join {input.shards} --teacher {input.teacher} --candidate {input.candidate}"
-        " --out {output.table} --inventory {output.inventory} 2> {log}"
+        "driftscope stage sweep-join {input.shards} {params.found} --teacher {input.teacher}"
+        " --candidate {input.candidate} --out {output.table} --inventory {output.inventory}"
+        " --blocks {output.blocks} 2> {log}"
 
 
 rule weights:
@@ -59,6 +64,7 @@ rule weights:
         candidate=CANDIDATE,
         table=rules.sweep.output.table,
         inventory=rules.sweep.output.inventory,
+        blocks=rules.sweep.output.blocks,
     output:
         update(f"{RESULTS}/weights.json"),
     log:
@@ -79,7 +85,7 @@ rule weights:
         high=CONFIG.sweep.band[1],
         code=code_digest("sweep"),
     shell:
-        "driftscope stage weights {input.table} --inventory {input.inventory}"
+        "driftscope stage weights {input.table} --inventory {input.inventory} --blocks {input.blocks}"
         " --teacher {input.teacher} --candidate {input.candidate}"
         " --low {params.low} --high {params.high} --out {output} --threads {threads}"
         " --device {params.device} 2> {log}"

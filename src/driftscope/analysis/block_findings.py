@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftscope.analysis.block_faults import Block, Bounds, explain
+from driftscope.analysis.finite import finite
 from driftscope.artifacts.tensor import TensorRef
 from driftscope.kernels.block_errors import BlockErrors, compare_blocks
 from driftscope.kernels.compare import TensorComparison
@@ -94,12 +95,11 @@ class BlockFindings:
     peak_bound: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As a document; bounds that are infinite are null."""
+        """As a document; figures that are not finite are null."""
         found = asdict(self)
-        for key in ("energy_bound", "peak_bound"):
-            found[key] = found[key] if math.isfinite(found[key]) else None
         found["findings"] = [{**item, "columns": list(item["columns"])} for item in found["findings"]]
-        return found
+        plain: dict[str, Any] = finite(found)
+        return plain
 
 
 def compare_with_findings(

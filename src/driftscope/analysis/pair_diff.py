@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+from driftscope.analysis.finite import finite
 from driftscope.analysis.sweep import (
     Band,
     Pair,
@@ -29,9 +30,6 @@ from driftscope.errors import InputError
 from driftscope.kernels.device import Kernels, kernels_on
 
 SCHEMA_VERSION = 1
-
-CORRUPT = ("flipped-bit", "non-finite-scale")
-"""Findings in blocks that no format and no quantizer leaves, however small the error of the whole tensor."""
 
 Progress = Callable[[int, int], None]
 Document = dict[str, Any]
@@ -86,11 +84,10 @@ def diff_models(
         done += pair.nbytes
         progress(done, total)
     relations = relate(rows, listed, band, a, b, kernels=kernels)
-    summary = summarise(rows, listed, relations)
-    summary["block_findings"] = off
+    summary = summarise(rows, listed, relations, off)
     summary["share"] = _share(found, chosen)
     bounds = _bounds(thresholds, matched, rows)
-    tensors = _judged(rows, relations, bounds, off)
+    tensors = _judged(rows, relations, bounds, summary["corrupt"])
     document = {
         "schema_version": SCHEMA_VERSION,
         "a": _described(a),
@@ -102,7 +99,7 @@ def diff_models(
         "inventory": listed,
         "tensors": sorted(tensors, key=_worst_first),
     }
-    return {key: _finite(value) for key, value in document.items()}
+    return {key: finite(value) for key, value in document.items()}
 
 
 def _matches(pattern: re.Pattern[str], pair: Pair) -> bool:
@@ -175,10 +172,9 @@ def _bounds(
 
 
 def _judged(
-    rows: Sequence[Document], relations: Relations, bounds: Sequence[Document], off: Sequence[Document]
+    rows: Sequence[Document], relations: Relations, bounds: Sequence[Document], corrupt: Mapping[str, str]
 ) -> list[Document]:
     """The rows with their relation, by what each was judged and whether it holds."""
-    corrupt = {item["tensor"]: item["kind"] for item in off if item["kind"] in CORRUPT}
     bounded = {name for bound in bounds for name in bound["matched"]}
     broken = {name for bound in bounds for name in bound["broken"]}
     by_tensor = relations.by_tensor
@@ -231,12 +227,3 @@ def _described(artifact: Artifact) -> Document:
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "formats": dict(sorted(Counter(tensor.dtype for tensor in tensors).items())),
     }
-
-
-def _finite(value: Any) -> Any:
-    """The same without what JSON cannot hold: a figure that is not finite is none."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

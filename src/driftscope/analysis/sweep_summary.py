@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from driftscope.analysis.corrupt_blocks import CLASS, CORRUPT, corrupt_tensors
 from driftscope.analysis.relate import relate
-from driftscope.analysis.relations import Band, Relations
+from driftscope.analysis.relations import Band, Relation, Relations
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,6 +23,7 @@ def summarise(
     frame: pl.DataFrame | Iterable[Mapping[str, Any]],
     inventory: Mapping[str, Any],
     judged: Relations | Band,
+    found: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Judge a sweep.
 
@@ -29,18 +31,22 @@ def summarise(
         frame: the ``sweep`` table, or its rows.
         inventory: see `driftscope.analysis.inventory`.
         judged: the relations of the tensors; or only the band, and no tensor is read again.
+        found: what was found in single blocks and rows, see `driftscope.analysis.block_findings`.
 
     Returns:
         ``conclusion`` is the first of these that holds: ``failure`` (nothing was compared),
         ``different-weights`` (two trainings), ``incomplete`` (a tensor is missing or was not compared),
         ``non-finite``, ``different``, ``transformed`` (all is explained, but by a transform that no container
         declares), ``quantized-from``, ``downcast``, ``identical``; ``holds`` says whether it is one of the
-        last three. ``statement`` says in a sentence what the distribution over the tensors shows.
-        ``relations`` is the relation of each compared tensor, ``kinds`` its kind (`Relation.kind`),
-        ``at_fault`` names those that do not hold, ``found`` says what each of them is and by what evidence.
+        last three and no tensor is corrupt. ``statement`` says in a sentence what the distribution over the
+        tensors shows. ``relations`` is the relation of each compared tensor, ``kinds`` its kind
+        (`Relation.kind`), ``at_fault`` names those that do not hold, ``found`` says what each of them is and
+        by what evidence.
         ``relation_counts``, ``kind_counts`` and ``status_counts`` count, ``worst_by_nmse`` and
         ``worst_by_cosine`` list five each, ``cosine`` has ``min`` and ``max``, ``training`` and ``searched``
         are those of `Relations`, ``metadata_matters`` names the metadata that differ and change an answer.
+        ``block_findings`` are those given, each with whether it makes its tensor ``corrupt``; ``corrupt``
+        names these tensors, which do not hold, with the kind of finding.
     """
     given = frame.iter_rows(named=True) if hasattr(frame, "iter_rows") else frame
     rows = sorted(given, key=lambda row: row["tensor"])
@@ -54,10 +60,14 @@ def summarise(
     conclusion = _conclusion(seen, complete, relations)
     by_cosine = sorted(_having(rows, "cosine_similarity"), key=lambda row: row["cosine_similarity"])
     by_nmse = sorted(_having(rows, "nmse"), key=lambda row: -row["nmse"])
-    at_fault = [row["tensor"] for row in rows if not by_tensor[row["tensor"]].holds]
+    in_blocks = [{**item, "corrupt": item["kind"] in CORRUPT} for item in found]
+    corrupt = corrupt_tensors(in_blocks)
+    at_fault = [
+        row["tensor"] for row in rows if not by_tensor[row["tensor"]].holds or row["tensor"] in corrupt
+    ]
     return {
         "conclusion": conclusion,
-        "holds": conclusion in HOLDING,
+        "holds": conclusion in HOLDING and not corrupt,
         "statement": relations.training["statement"],
         "band": {"low": relations.band.low, "high": relations.band.high},
         "coverage": {
@@ -71,7 +81,7 @@ def summarise(
         "relation_counts": dict(sorted(Counter(by_tensor[row["tensor"]].name for row in rows).items())),
         "kind_counts": relations.counts,
         "at_fault": at_fault,
-        "found": {name: by_tensor[name].to_dict() for name in at_fault},
+        "found": {name: _of_tensor(by_tensor[name], name in corrupt) for name in at_fault},
         "training": dict(relations.training),
         "metadata_matters": [item["key"] for item in inventory["metadata_differences"] if item["matters"]],
         "searched": dict(relations.searched),
@@ -82,7 +92,17 @@ def summarise(
         },
         "worst_by_nmse": [_listed(row) for row in by_nmse[:WORST_LISTED]],
         "worst_by_cosine": [_listed(row) for row in by_cosine[:WORST_LISTED]],
+        "block_findings": in_blocks,
+        "corrupt": corrupt,
     }
+
+
+def _of_tensor(relation: Relation, corrupt: bool) -> dict[str, Any]:
+    """A relation that does not hold; a corrupt block is the class where no transform has named another."""
+    said = relation.to_dict()
+    if corrupt:
+        said |= {"holds": False, "class": said["class"] if relation.kind == "transformed" else CLASS}
+    return said
 
 
 def _conclusion(seen: int, complete: bool, relations: Relations) -> str:

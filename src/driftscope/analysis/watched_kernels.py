@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from driftscope.artifacts.tensor import TensorRef
@@ -11,6 +10,7 @@ from driftscope.kernels.cpu import CpuKernels
 from driftscope.kernels.device import Kernels
 
 if TYPE_CHECKING:
+    from driftscope.analysis.block_findings import BlockFindings
     from driftscope.kernels.block_errors import BlockErrors
 
 
@@ -44,16 +44,23 @@ class WatchedKernels:
         self._errors.append(errors)
         return compared
 
-    def findings(self, a: TensorRef, b: TensorRef, tensor: str) -> list[dict[str, Any]]:
-        """What blocks and rows of the tensor that was compared are off, worst first.
+    def blocks(self, a: TensorRef, b: TensorRef, tensor: str) -> BlockFindings | None:
+        """What blocks and rows of the tensor that was compared are off; None where none was looked into.
 
-        A tensor that was compared in parts, because a container adds a constant to it, is not looked into,
-        nor one that was decoded to floats on the way: it has no bytes whose bits could be off.
+        That is a tensor that was compared in parts, because a container adds a constant to it; one that was
+        decoded to floats on the way, which has no bytes whose bits could be off; and one in a format whose
+        steps are not known.
         """
         from driftscope.analysis.block_findings import findings
+        from driftscope.kernels.compare_cells import has_steps
+        from driftscope.kernels.formats import format_of
 
         decoded = b.stored_dtype != b.dtype and b.dtype in ("F32", "F64")
-        if len(self._errors) != 1 or decoded:
-            return []
-        found = findings(a, b, self._errors[0], tensor=tensor)
-        return [{**asdict(item), "columns": list(item.columns)} for item in found.findings]
+        if len(self._errors) != 1 or decoded or not has_steps(format_of(b.dtype)):
+            return None
+        return findings(a, b, self._errors[0], tensor=tensor)
+
+    def findings(self, a: TensorRef, b: TensorRef, tensor: str) -> list[dict[str, Any]]:
+        """The findings of `blocks`, worst first."""
+        found = self.blocks(a, b, tensor)
+        return [] if found is None else list(found.to_dict()["findings"])

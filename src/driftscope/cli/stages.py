@@ -68,13 +68,14 @@ def sweep(
     candidate: Candidate,
     part: Part,
     out: Out,
+    blocks: Annotated[Path, typer.Option(help="where to write what is found in single blocks")],
     threads: Threads = 1,
     device: Device = "cpu",
 ) -> None:
-    """Compare one shard of the tensors."""
+    """Compare one shard of the tensors, and look into their blocks."""
     from driftscope.stages.sweep import shard
 
-    shard(teacher, candidate, *part_of(part), out, threads=threads, device=device)
+    shard(teacher, candidate, *part_of(part), out, blocks, threads=threads, device=device)
 
 
 @stage.command()
@@ -82,13 +83,15 @@ def sweep_join(
     teacher: Teacher,
     candidate: Candidate,
     shards: list[Path],
+    found: Annotated[list[Path], typer.Option(help="what a shard found in single blocks; once for each")],
     out: Out,
     inventory: Annotated[Path, typer.Option(help="where to list what has no counterpart")],
+    blocks: Annotated[Path, typer.Option(help="where to write what all shards found in single blocks")],
 ) -> None:
     """Join the shards of the sweep."""
     from driftscope.stages.sweep import join
 
-    join(teacher, candidate, shards, out, inventory)
+    join(teacher, candidate, shards, found, out, inventory, blocks)
 
 
 @stage.command()
@@ -97,6 +100,7 @@ def weights(
     teacher: Teacher,
     candidate: Candidate,
     inventory: Annotated[Path, typer.Option()],
+    blocks: Annotated[Path, typer.Option(help="what the sweep found in single blocks")],
     low: Annotated[float, typer.Option(help="lower end of measured over expected NMSE")],
     high: Annotated[float, typer.Option(help="upper end of measured over expected NMSE")],
     out: Out,
@@ -107,7 +111,7 @@ def weights(
     from driftscope.stages.sweep import judge
 
     band = (low, high)
-    judge(teacher, candidate, table, inventory, band, out, threads=threads, device=device)
+    judge(teacher, candidate, table, inventory, blocks, band, out, threads=threads, device=device)
 
 
 @stage.command()

@@ -37,8 +37,9 @@ _CHIPS = {
         "fails",
         "inadmissible",
         "different-weights",
+        "corrupt",
     ),
-    "mixed": ("regime-dependent", "inconclusive", "vacuous", "unclassified"),
+    "mixed": ("regime-dependent", "inconclusive", "vacuous", "unclassified", "outlying"),
 }
 _MARKS = {"good": "✓", "fine": "≈", "bad": "✗", "against": "✗", "mixed": "◐", "none": "–"}
 

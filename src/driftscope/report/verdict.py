@@ -7,7 +7,6 @@ from typing import Any
 
 from driftscope.report.local import FAULTS, is_clean
 from driftscope.report.text import count, counted, listed, number, percent, percent_interval, probability
-from driftscope.report.weights import UNEXPLAINED
 
 CLASSES = (
     "identical",
@@ -27,6 +26,12 @@ HEADLINES = {
     "inconclusive": "No verdict: the evidence does not decide.",
 }
 
+CORRUPT = "corrupt-block"
+"""Class of the fault of a tensor one block of which is corrupt."""
+
+CORRUPT_SAID = 3
+"""Corrupt blocks that the reasons name; the section on weights lists more."""
+
 Section = Mapping[str, Any]
 
 
@@ -43,7 +48,7 @@ def verdict_section(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind, place, reasons = _decide(report)
     layer, op = place or (None, None)
-    headline = _headline(kind, place, report["divergence"].get("local", {}).get("fault"))
+    headline = _headline(kind, place, report["divergence"].get("local", {}).get("fault"), report["weights"])
     reasons = [*reasons, *_at_the_floor(kind, report["divergence"].get("local", {}))]
     figures = [] if kind == "inadmissible" else _figures(report)
     lead = [f"{reasons[0]}."] if reasons else []
@@ -58,16 +63,22 @@ def verdict_section(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _headline(kind: str, place: tuple[int | None, str] | None, fault: Section | None) -> str:
-    """Say the class and, where there is one, the place: of a fault that the replay found its kind as well."""
+def _headline(
+    kind: str, place: tuple[int | None, str] | None, fault: Section | None, weights: Section
+) -> str:
+    """Say the class and, where there is one, the place: of a fault that has a kind, that kind as well."""
     if place is None:
         return HEADLINES[kind]
     if kind != "bug":
         return f"{HEADLINES[kind]} They part first at {_at(*place)}."
-    if not fault or place != _place_of(fault):
+    replayed = fault is not None and place == _place_of(fault)
+    corrupt = _first_corrupt(weights)
+    if corrupt and place == _place_of_tensor(corrupt) and not (fault and replayed and _of_engine(fault)):
+        return f"{HEADLINES[kind]} It starts at {_at(*place)}: {FAULTS[CORRUPT]}."
+    if not fault or not replayed:
         return f"{HEADLINES[kind]} It starts at {_at(*place)}."
     said = f"It starts at {_at(*place)}: {FAULTS.get(fault['class'], fault['class'])}."
-    if fault["component"] == "engine":
+    if _of_engine(fault):
         return f"This is an engine bug of {fault['path']}, not the price of quantization. {said}"
     return f"{HEADLINES[kind]} {said}"
 
@@ -116,22 +127,50 @@ def _decide(report: Mapping[str, Any]) -> Decision:
 
 
 def _weights_at_fault(weights: Section) -> Decision | None:
-    relations, tensors = weights["relations"], weights["tensors"]
+    tensors = weights["tensors"]
     if weights["conclusion"] == "different-weights":
         return "different-weights", None, [weights["statement"].removeprefix("Different weights: ")]
-    unexplained = sum(relations.get(relation, 0) for relation in UNEXPLAINED)
+    unexplained = weights["unexplained"]
     if not unexplained:
         return None
     first = weights["first_unlike"]
     reasons = [f"{_what_it_is(first, weights)}, the first of {count(unexplained)} in the model's order"]
+    reasons += _corrupt_reasons(weights)
     if weights["statement"]:
         reasons.append(weights["statement"])
     reasons.append(f"{count(tensors - unexplained)} of {counted(tensors, 'tensor')} are explained")
-    return "bug", (_layer(first["layer"]), first["op"]), reasons
+    return "bug", _place_of_tensor(first), reasons
+
+
+def _corrupt_findings(weights: Section) -> list[Section]:
+    """The findings in blocks that no format leaves, in the model's order."""
+    blocks = weights.get("blocks") or {}
+    return [item for item in blocks.get("findings", []) if item["corrupt"]]
+
+
+def _first_corrupt(weights: Section) -> Section | None:
+    """The finding that makes the first tensor that no conversion explains a corrupt one, if it is one."""
+    first = weights.get("first_unlike") or {}
+    found = (item for item in _corrupt_findings(weights) if item["tensor"] == first.get("tensor"))
+    return next(found, None)
+
+
+def _corrupt_reasons(weights: Section) -> list[str]:
+    """Say which blocks are corrupt and how that is seen."""
+    found = _corrupt_findings(weights)
+    reasons = [f"{item['tensor']}, {item['statement']}. Class: {CORRUPT}" for item in found[:CORRUPT_SAID]]
+    tensors = weights["blocks"]["corrupt_tensors"] if found else 0
+    if len(found) > CORRUPT_SAID:
+        more = counted(len(found) - CORRUPT_SAID, "corrupt block")
+        reasons.append(f"{more} more; they are in {counted(tensors, 'tensor')}")
+    return reasons
 
 
 def _what_it_is(first: Section, weights: Section) -> str:
     """Say what a tensor is that is not the teacher's."""
+    if corrupt := _first_corrupt(weights):
+        start, end = corrupt["columns"]
+        return f"{first['tensor']} holds a corrupt block (row {corrupt['row']}, columns {start} to {end - 1})"
     if first["relation"] == "non-finite":
         return f"{first['tensor']} has values that are not finite"
     found: Section = next((item for item in weights["at_fault"] if item["tensor"] == first["tensor"]), {})
@@ -200,6 +239,14 @@ def _at_the_floor(kind: str, local: Section) -> list[str]:
         for point in path["capture_points"][:3]
     ]
     return reasons
+
+
+def _of_engine(fault: Section) -> bool:
+    return bool(fault["component"] == "engine")
+
+
+def _place_of_tensor(item: Section) -> tuple[int | None, str]:
+    return _layer(item["layer"]), item["op"]
 
 
 def _place_of(fault: Section) -> tuple[int | None, str]:

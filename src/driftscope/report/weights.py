@@ -72,8 +72,10 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
         sweep.iter_rows(named=True), key=lambda row: tensor_order(row["tensor"], post_norms=post_norms)
     )
     summary = evidence.get("sweep_summary") or {}
+    corrupt = summary.get("corrupt") or {}
     for place, row in enumerate(rows):
         row["relation"], row["place"] = relations[row["tensor"]], place
+        row["corrupt"] = row["tensor"] in corrupt
     trained = summary.get("conclusion") == "different-weights"
     shown = SHOWN_OF_A_TRAINING if trained else SHOWN_AT_FAULT
     counts = Counter(row["relation"] for row in rows)
@@ -91,7 +93,7 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
         "statement": summary.get("statement") or "",
         "unexplained": sum(map(_is_unexplained, rows)),
         "at_fault": _at_fault(rows, summary)[:shown],
-        "blocks": _blocks(summary),
+        "blocks": _blocks(summary, rows, post_norms),
         "searched": dict(summary.get("searched") or {"tensors": 0, "alternatives": 0}),
         "first_unlike": _first_unlike(rows, post_norms),
         "by_dtype": _by_dtype(rows),
@@ -155,14 +157,15 @@ def _is_unexplained(row: Mapping[str, Any]) -> bool:
     return row["corrupt"] or row["relation"] in UNEXPLAINED
 
 
-def _blocks(summary: Document) -> dict[str, Any] | None:
+def _blocks(summary: Document, rows: list[dict[str, Any]], post_norms: bool) -> dict[str, Any] | None:
     """What single blocks and rows show; None where no tensor was looked into."""
     totals = summary.get("blocks")
     if not totals or not totals["tensors"]:
         return None
-    corrupt, found = summary["corrupt"], []
+    places = {row["tensor"]: row["place"] for row in rows}
+    found = []
     for item in summary["block_findings"]:
-        layer, op = op_of_tensor(item["tensor"])
+        layer, op = op_of_tensor(item["tensor"], post_norms=post_norms)
         found.append(
             {
                 "tensor": item["tensor"],
@@ -177,13 +180,13 @@ def _blocks(summary: Document) -> dict[str, Any] | None:
             }
         )
     # The sort is stable: of a tensor the worst come first, as they were given.
-    found.sort(key=lambda item: (not item["corrupt"], tensor_order(item["tensor"])))
+    found.sort(key=lambda item: (not item["corrupt"], places[item["tensor"]]))
     return {
         "tensors": totals["tensors"],
         "blocks": totals["block_count"],
         "outlying_blocks": totals["outlying_blocks"],
         "outlying_rows": totals["outlying_rows"],
-        "corrupt_tensors": len(corrupt),
+        "corrupt_tensors": len(summary["corrupt"]),
         "found": len(found),
         "findings": found[:BLOCKS_LISTED],
     }

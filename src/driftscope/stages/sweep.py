@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
+from driftscope.errors import InputError
 from driftscope.evidence.digest import sha256_file
+from driftscope.evidence.documents import read_checked, write_checked
 from driftscope.evidence.header import EvidenceHeader
 from driftscope.evidence.manifest import open_model
 from driftscope.evidence.store import read_json, read_table, write_json, write_table
@@ -18,20 +21,22 @@ def shard(
     index: int,
     count: int,
     out: Path,
+    blocks_out: Path,
     *,
     threads: int,
     device: str = "cpu",
 ) -> None:
-    """Compare the tensors of one shard.
+    """Compare the tensors of one shard, and look into their blocks in the same pass.
 
     A shard without tensors writes the row of no tensor: it repeats none, so that the joined table stays
     complete and without doubles.
     """
+    from driftscope.analysis.corrupt_blocks import block_document
     from driftscope.analysis.pairs import pairs, plan_shards
     from driftscope.analysis.tensor_comparison import compare_tensor
-    from driftscope.errors import InputError
+    from driftscope.analysis.watched_kernels import WatchedKernels
     from driftscope.evidence.schemas import frame_of
-    from driftscope.kernels.device import kernels_on
+    from driftscope.kernels.device import Kernels, kernels_on
 
     a, digest_a = open_model(teacher)
     b, digest_b = open_model(candidate)
@@ -47,18 +52,32 @@ def shard(
         )
     device = take_device(device)
     kernels = kernels_on(device, threads)
-    rows = [
-        compare_tensor(found[name].a, found[name].b, tensor=name, kernels=kernels) for name in plan[index]
-    ]
+    rows, off = [], []
+    for name in plan[index]:
+        pair, watched = found[name], WatchedKernels(kernels)
+        rows.append(compare_tensor(pair.a, pair.b, tensor=name, kernels=cast(Kernels, watched)))
+        looked = watched.blocks(pair.a, pair.b, name)
+        if looked is not None:
+            off.append(looked.to_dict())
     parameters = {"shard": [index, count], **device_parameter(device)}
     header = EvidenceHeader.of("sweep", {"a": digest_a, "b": digest_b}, parameters)
     write_table(frame_of(rows, "sweep"), out, "sweep", header)
+    write_checked(block_document(off), blocks_out, "blocks", header)
 
 
-def join(teacher: Path, candidate: Path, shards: Sequence[Path], out: Path, inventory_out: Path) -> None:
+def join(
+    teacher: Path,
+    candidate: Path,
+    shards: Sequence[Path],
+    blocks: Sequence[Path],
+    out: Path,
+    inventory_out: Path,
+    blocks_out: Path,
+) -> None:
     """Join the shards in the order of the teacher's tensors, and list what has no counterpart."""
     import polars as pl
 
+    from driftscope.analysis.corrupt_blocks import block_document
     from driftscope.analysis.inventory import inventory
     from driftscope.analysis.pairs import pairs
 
@@ -70,6 +89,11 @@ def join(teacher: Path, candidate: Path, shards: Sequence[Path], out: Path, inve
     header = EvidenceHeader.of("sweep", {"a": digest_a, "b": digest_b}, {})
     write_table(frame, out, "sweep", header)
     write_json(inventory(a, b), inventory_out, header)
+    looked = [tensor for path in blocks for tensor in read_checked(path, "blocks")["tensors"]]
+    if unknown := {tensor["tensor"] for tensor in looked} - set(order):
+        raise InputError(f"{blocks[0].parent}: blocks of {min(unknown)}, a tensor that was not compared")
+    looked.sort(key=lambda tensor: order[tensor["tensor"]])
+    write_checked(block_document(looked), blocks_out, "blocks", header)
 
 
 def judge(
@@ -77,16 +101,18 @@ def judge(
     candidate: Path,
     table: Path,
     inventory_path: Path,
+    blocks: Path,
     band: tuple[float, float],
     out: Path,
     *,
     threads: int = 1,
     device: str = "cpu",
 ) -> None:
-    """Say what each tensor of the candidate is to the teacher's.
+    """Say what each tensor of the candidate is to the teacher's, and which of them hold a corrupt block.
 
     What the table explains is not read again; tensors that nothing explains are searched.
     """
+    from driftscope.analysis.corrupt_blocks import findings_in
     from driftscope.analysis.relate import relate
     from driftscope.analysis.relations import Band
     from driftscope.analysis.sweep_summary import summarise
@@ -96,6 +122,7 @@ def judge(
     b, digest_b = open_model(candidate)
     rows = read_table(table, "sweep").to_dicts()
     inventory = read_json(inventory_path)
+    looked = read_checked(blocks, "blocks")
     device = take_device(device)
     relations = relate(rows, inventory, Band(*band), a, b, kernels=kernels_on(device, threads))
     inputs = {
@@ -103,7 +130,9 @@ def judge(
         "b": digest_b,
         "sweep": sha256_file(table),
         "inventory": sha256_file(inventory_path),
+        "blocks": sha256_file(blocks),
     }
     parameters = {"band": list(band), **device_parameter(device)}
     header = EvidenceHeader.of("sweep", inputs, parameters)
-    write_json(summarise(rows, inventory, relations), out, header)
+    summary = summarise(rows, inventory, relations, findings_in(looked))
+    write_json({**summary, "blocks": looked["totals"]}, out, header)
