@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -10,14 +11,14 @@ import pytest
 import transformers
 from tests.helpers.texts import varied_texts
 from tests.helpers.tiny_models import save_tiny_model
-from tests.helpers.tiny_sentencepiece import CONTROL_TOKENS, SIZE, trained
+from tests.helpers.tiny_sentencepiece import CONTROL_TOKENS, SIZE, spm_vocabulary, trained
 
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.prompts import encode_prompts
 from driftscope.artifacts.tokenizers.stop_tokens import stop_tokens
-from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer
+from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer, tokenizer_from_vocabulary
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -59,3 +60,28 @@ def test_every_copy_has_the_same_ids(architecture: str, tmp_path: Path) -> None:
     (prompt,) = encode_prompts([chat], candidate)
     expected = hugging_face.apply_chat_template(chat["chat"], tokenize=True, return_dict=False)
     assert list(prompt.token_ids) == expected
+
+
+def test_special_tokens_that_swallow_spaces_keep_to_it(tmp_path: Path) -> None:
+    """As those of phi-3 do; the folder says so of each token, and llama.cpp goes by the name of the model."""
+    folder = tmp_path / "model"
+    save_tiny_model(folder, "phi3", vocab_size=SIZE + 32)
+    vocabulary = spm_vocabulary(trained(dummy_prefix=True, symbols=True), symbols=True)
+    kept, stripping = "<|endoftext|>", CONTROL_TOKENS[0]
+    tokens = tuple(kept if token == CONTROL_TOKENS[1] else token for token in vocabulary.tokens)
+    strip = frozenset(tokens.index(token) for token in ("</s>", stripping))
+    vocabulary = replace(vocabulary, tokens=tokens, strip_right=strip)
+    (folder / "tokenizer.json").write_text(tokenizer_from_vocabulary(vocabulary, "here").to_json())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    original = open_artifact(folder)
+    write_candidate(original, tmp_path / "model.gguf", scheme="Q8_0")
+    candidate = open_artifact(tmp_path / "model.gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    first, second = load_tokenizer(original), load_tokenizer(candidate)
+    for token in (kept, stripping):
+        text = f"one{token}  two{token} three"
+        ids = first.encode(text)
+        assert ids == second.encode(text) == llama.tokenize(text.encode(), add_bos=False, special=True), text
+        assert (ids == first.encode(f"one{token}two{token}three")) == (token == stripping)

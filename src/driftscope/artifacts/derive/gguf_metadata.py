@@ -12,7 +12,12 @@ from driftscope.artifacts.gguf_config import gguf_attention_scale
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.names import GGUF_ARCHITECTURES, ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from driftscope.artifacts.rope_factors import llama3_factors
-from driftscope.artifacts.tokenizers.vocabulary import SPECIAL_KEYS, SPM, Vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import (
+    SPECIAL_KEYS,
+    SPM,
+    Vocabulary,
+    strip_right_of_phi3,
+)
 from driftscope.artifacts.yarn import attention_factor, softening
 from driftscope.errors import InputError
 
@@ -182,6 +187,11 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary | None) -> No
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
+    if vocabulary.strip_right and vocabulary.strip_right == strip_right_of_phi3(
+        vocabulary.tokens, vocabulary.types
+    ):
+        # GGUF has no key for it; llama.cpp goes by the name, and so does `vocabulary_from_gguf`.
+        writer.add_name("phi-3")
     if vocabulary.kind == SPM:
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(vocabulary.add_space_prefix)

@@ -35,6 +35,9 @@ MAX_SPM_TOKEN_CHARACTERS = 1024
 BPE, SPM = "bpe", "spm"
 
 
+_PHI3_KEEPS_SPACES = ("<unk>", "<s>", "<|endoftext|>")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Tokens, merges or scores, and special tokens.
@@ -221,16 +224,26 @@ def _spm(
 def _strip_right(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> frozenset[int]:
     """The tokens that swallow the spaces behind them.
 
-    GGUF cannot say so; llama.cpp assumes it of the special tokens of models with phi-3's name
-    (src/llama-vocab.cpp, "per token attributes").
+    GGUF cannot say so; llama.cpp assumes it of models with phi-3's name (src/llama-vocab.cpp, "per token
+    attributes").
     """
     name = metadata.get("general.name")
     if not isinstance(name, str) or not any(part in name.lower() for part in ("phi-3", "phi3")):
         return frozenset()
+    return strip_right_of_phi3(tokens, types)
+
+
+def strip_right_of_phi3(tokens: Sequence[str], types: Sequence[int]) -> frozenset[int]:
+    """The tokens of a model with phi-3's name that swallow spaces behind them: the special ones but three.
+
+    llama.cpp does not load such a model without the three; there are none then.
+    """
+    if not set(_PHI3_KEEPS_SPACES) <= set(tokens):
+        return frozenset()
     return frozenset(
         index
         for index, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in SPECIAL_TYPES and text not in ("<unk>", "<s>", "<|endoftext|>")
+        if kind in SPECIAL_TYPES and text not in _PHI3_KEEPS_SPACES
     )
 
 
