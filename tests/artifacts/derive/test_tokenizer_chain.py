@@ -19,6 +19,7 @@ from driftscope.artifacts.open import open_artifact
 from driftscope.artifacts.prompts import encode_prompts
 from driftscope.artifacts.tokenizers.stop_tokens import stop_tokens
 from driftscope.artifacts.tokenizers.tokenizer import load_tokenizer, tokenizer_from_vocabulary
+from driftscope.artifacts.tokenizers.vocabulary import strip_right_of_phi3
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -69,7 +70,7 @@ def test_special_tokens_that_swallow_spaces_keep_to_it(tmp_path: Path) -> None:
     vocabulary = spm_vocabulary(trained(dummy_prefix=True, symbols=True), symbols=True)
     kept, stripping = "<|endoftext|>", CONTROL_TOKENS[0]
     tokens = tuple(kept if token == CONTROL_TOKENS[1] else token for token in vocabulary.tokens)
-    strip = frozenset(tokens.index(token) for token in ("</s>", stripping))
+    strip = strip_right_of_phi3(tokens, vocabulary.types)
     vocabulary = replace(vocabulary, tokens=tokens, strip_right=strip)
     (folder / "tokenizer.json").write_text(tokenizer_from_vocabulary(vocabulary, "here").to_json())
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -81,7 +82,7 @@ def test_special_tokens_that_swallow_spaces_keep_to_it(tmp_path: Path) -> None:
     llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
     first, second = load_tokenizer(original), load_tokenizer(candidate)
     for token in (kept, stripping):
-        text = f"one{token}  two{token} three"
+        text = f"one{token}\n two{token} three"
         ids = first.encode(text)
         assert ids == second.encode(text) == llama.tokenize(text.encode(), add_bos=False, special=True), text
         assert (ids == first.encode(f"one{token}two{token}three")) == (token == stripping)
