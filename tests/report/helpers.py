@@ -336,6 +336,45 @@ GATES = [
 ]
 
 
+def flipped_bit(tensor: str, row: int = 5, columns: tuple[int, int] = (256, 512)) -> dict[str, Any]:
+    """A finding in a block, as the sweep's summary lists it."""
+    where = f"row {row}, columns {columns[0]} to {columns[1] - 1}"
+    return {
+        "tensor": tensor,
+        "kind": "flipped-bit",
+        "row": row,
+        "columns": list(columns),
+        "statement": f"{where}: bit 5 of byte 1 of the block (d) is flipped",
+        "evidence": {"energy": 40.0, "byte": 1, "bit": 5, "field": "d", "file_offset": 4711},
+        "corrupt": True,
+    }
+
+
+def put_findings(evidence: Any, findings: list[dict[str, Any]]) -> None:
+    """Let the sweep have looked into blocks and found these."""
+    corrupt: dict[str, str] = {}
+    for item in findings:
+        if item["corrupt"]:
+            corrupt.setdefault(item["tensor"], item["kind"])
+    summary = evidence["sweep_summary"]
+    evidence["sweep_summary"] = {
+        **summary,
+        "blocks": {
+            "tensors": len(summary["kinds"]),
+            "block_count": 123456,
+            "outlying_blocks": len(findings),
+            "outlying_rows": 0,
+        },
+        "block_findings": findings,
+        "corrupt": corrupt,
+        "at_fault": sorted(corrupt),
+        "found": {
+            name: {"relation": summary["kinds"][name], "class": "corrupt-block", "transforms": []}
+            for name in corrupt
+        },
+    }
+
+
 def synthetic_evidence(layers: int = 30, seed: int = 0) -> ReportEvidence:
     """Return the evidence of a clean quantized pair: every part but the counterfactuals and the replay."""
     random = np.random.Generator(np.random.Philox(seed))

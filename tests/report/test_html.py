@@ -159,6 +159,40 @@ def test_untrusted_text_is_escaped() -> None:
     assert "{{ 7 * 7 }}" in page.text
 
 
+def test_corrupt_blocks_are_listed_with_where_and_how_that_is_seen() -> None:
+    evidence = helpers.synthetic_evidence(layers=2)
+    name, evil = "model.layers.1.mlp.up_proj.weight", "<script>alert(1)</script>"
+    other = {**helpers.flipped_bit(name, 9), "kind": "outlying-error", "statement": evil, "corrupt": False}
+    helpers.put_findings(evidence, [other, helpers.flipped_bit(name)])
+    html = render_html(build_report(evidence))
+    assert "<script" not in html
+    text = Page(html).text
+    section = text[text.index("What single blocks show") :]
+    assert section.index("flipped bit") < section.index("outlying error")
+    for said in (
+        "123 456 blocks of",
+        "2 blocks and 0 rows off",
+        "columns 256 to 511",
+        "byte 4 711 of the file",
+    ):
+        assert said in section.replace("\u202f", " ").replace("\u00a0", " ").replace(",", " "), said
+    assert "corrupt block" in text[: text.index("What single blocks show")]
+
+
+def test_blocks_that_were_not_looked_into_are_said_to_be_so() -> None:
+    assert "Single blocks were not looked into" in Page(render_html(build_report(looked_into(None)))).text
+    text = Page(render_html(build_report(looked_into([])))).text
+    assert "0 blocks and 0 rows off" in text
+    assert "not looked into" not in text
+
+
+def looked_into(findings: list[dict[str, Any]] | None) -> Any:
+    evidence = helpers.synthetic_evidence(layers=1)
+    if findings is not None:
+        helpers.put_findings(evidence, findings)
+    return evidence
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_verdict_has_its_word_on_the_page(report: dict[str, Any], kind: str) -> None:
     verdict = {**report["verdict"], "class": kind, "layer": 3, "op": "ffn_out"}

@@ -22,6 +22,19 @@ def test_the_schema_is_valid_and_names_what_the_code_names() -> None:
     assert schema["$defs"]["relation"]["enum"] == list(RELATIONS)
 
 
+def test_findings_in_blocks_are_part_of_the_schema() -> None:
+    evidence = helpers.synthetic_evidence(layers=1)
+    finding = helpers.flipped_bit("model.layers.0.mlp.up_proj.weight")
+    helpers.put_findings(evidence, [finding])
+    report = build_report(evidence)
+    validate_report(report, "report")
+    (listed,) = report["weights"]["blocks"]["findings"]
+    assert {key: listed[key] for key in finding} == finding
+    listed["kind"] = "odd"
+    with pytest.raises(InputError, match=r"findings\[0\].*'odd'"):
+        validate_report(report, "report")
+
+
 def change_class(report: Any) -> None:
     report["verdict"]["class"] = "fine"
 

@@ -126,6 +126,63 @@ def test_a_transform_that_nobody_declared_is_a_bug_with_its_class(evidence: Any)
     assert (fault["class"], fault["alternatives_tried"]) == ("row-permutation-heads", 17)
 
 
+UP, DOWN = "model.layers.2.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+
+
+def test_a_corrupt_block_is_a_bug_that_names_tensor_and_block(evidence: Any) -> None:
+    helpers.put_findings(evidence, [helpers.flipped_bit(UP), helpers.flipped_bit(DOWN, 7, (0, 256))])
+    report = build_report(evidence)
+    verdict = report["verdict"]
+    assert (verdict["class"], verdict["layer"], verdict["op"]) == ("bug", 1, "ffn_out")
+    assert verdict["headline"].endswith("It starts at layer 1, ffn_out: corrupt block of a weight.")
+    first = f"{DOWN} holds a corrupt block (row 7, columns 0 to 255), the first of 2 in the model's order"
+    assert verdict["reasons"][0] == first
+    for reason, name in zip(verdict["reasons"][1:3], (DOWN, UP), strict=True):
+        assert reason.startswith(f"{name}, row ")
+        assert reason.endswith("Class: corrupt-block")
+    assert report["weights"]["first_unlike"]["relation"] == "quantized-from"
+
+
+def test_many_corrupt_blocks_are_counted(evidence: Any) -> None:
+    helpers.put_findings(evidence, [helpers.flipped_bit(UP, row) for row in range(5)])
+    reasons = verdict_of(evidence)["reasons"]
+    assert sum("Class: corrupt-block" in reason for reason in reasons) == 3
+    assert "2 corrupt blocks more; they are in 1 tensor" in reasons
+
+
+def test_outlying_blocks_are_no_bug(evidence: Any) -> None:
+    odd = {**helpers.flipped_bit(UP), "kind": "outlying-error", "corrupt": False}
+    helpers.put_findings(evidence, [odd])
+    report = build_report(evidence)
+    assert report["verdict"]["class"] == "expected-quantization-noise"
+    assert (report["weights"]["blocks"]["found"], report["weights"]["corrupt_tensors"]) == (1, 0)
+
+
+def test_a_different_tensor_before_a_corrupt_one_leads(evidence: Any) -> None:
+    relate(evidence, [DOWN], "different")
+    helpers.put_findings(evidence, [helpers.flipped_bit(UP)])
+    verdict = verdict_of(evidence)
+    assert verdict["reasons"][0].startswith(f"{DOWN} is different, the first of 2")
+    assert verdict["reasons"][1].startswith(f"{UP}, row 5")
+    assert "corrupt" not in verdict["headline"]
+
+
+def test_two_trainings_stay_so_with_corrupt_blocks(evidence: Any) -> None:
+    relate(evidence, [UP, DOWN], "different", **TWO_TRAININGS)
+    helpers.put_findings(evidence, [helpers.flipped_bit(UP)])
+    assert verdict_of(evidence)["class"] == "different-weights"
+
+
+@pytest.mark.parametrize(("component", "found"), [("model", "corrupt block"), ("engine", "engine bug")])
+def test_a_replay_that_flags_the_corrupt_op_agrees(evidence: Any, component: str, found: str) -> None:
+    fault = {"class": "unexplained", "layer": 2, "tap": "ffn_up", "part": "", "component": component}
+    evidence["replay"] = replays.replay_document([replays.faulty("candidate.f32", **fault)])
+    helpers.put_findings(evidence, [helpers.flipped_bit(UP)])
+    verdict = verdict_of(evidence)
+    assert (verdict["layer"], verdict["op"]) == (2, "ffn_up")
+    assert found in verdict["headline"]
+
+
 def test_non_finite_activations_are_a_bug_at_the_first_op(evidence: Any) -> None:
     traces = dict(evidence["traces"])
     late = (pl.col("layer") == 1) & pl.col("tap").is_in(["ffn_out", "post_ffn_residual"])

@@ -159,10 +159,9 @@ def _corrupt_reasons(weights: Section) -> list[str]:
     """Say which blocks are corrupt and how that is seen."""
     found = _corrupt_findings(weights)
     reasons = [f"{item['tensor']}, {item['statement']}. Class: {CORRUPT}" for item in found[:CORRUPT_SAID]]
-    tensors = weights["blocks"]["corrupt_tensors"] if found else 0
     if len(found) > CORRUPT_SAID:
         more = counted(len(found) - CORRUPT_SAID, "corrupt block")
-        reasons.append(f"{more} more; they are in {counted(tensors, 'tensor')}")
+        reasons.append(f"{more} more; they are in {counted(weights['corrupt_tensors'], 'tensor')}")
     return reasons
 
 

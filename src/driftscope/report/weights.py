@@ -91,6 +91,7 @@ def weights_section(evidence: ReportEvidence) -> dict[str, Any]:
         "band": summary.get("band"),
         "conclusion": summary.get("conclusion"),
         "statement": summary.get("statement") or "",
+        "corrupt_tensors": len(corrupt),
         "unexplained": sum(map(_is_unexplained, rows)),
         "at_fault": _at_fault(rows, summary)[:shown],
         "blocks": _blocks(summary, rows, post_norms),
@@ -186,7 +187,6 @@ def _blocks(summary: Document, rows: list[dict[str, Any]], post_norms: bool) -> 
         "blocks": totals["block_count"],
         "outlying_blocks": totals["outlying_blocks"],
         "outlying_rows": totals["outlying_rows"],
-        "corrupt_tensors": len(summary["corrupt"]),
         "found": len(found),
         "findings": found[:BLOCKS_LISTED],
     }
