@@ -134,7 +134,8 @@ def _weights_at_fault(weights: Section) -> Decision | None:
     if not unexplained:
         return None
     first = weights["first_unlike"]
-    reasons = [f"{_what_it_is(first, weights)}, the first of {count(unexplained)} in the model's order"]
+    among = f", the first of {count(unexplained)} in the model's order" if unexplained > 1 else ""
+    reasons = [f"{_what_it_is(first, weights)}{among}"]
     reasons += _corrupt_reasons(weights)
     if weights["statement"]:
         reasons.append(weights["statement"])
