@@ -124,6 +124,7 @@ def test_the_registered_ship_gates_hold_on_a_sound_report_and_fail_on_a_broken_o
             "coverage": {"expected": 10, "compared": 10},
             "tensors": 10,
             "relations": relations,
+            "corrupt_tensors": 0,
             "missing": [],
             "extra": [],
         },
@@ -134,6 +135,8 @@ def test_the_registered_ship_gates_hold_on_a_sound_report_and_fail_on_a_broken_o
         "impact": {"status": "done", "pairs": [pair]},
     }
     assert set(_statuses(gates, report)) == {"holds"}
+    report["weights"]["corrupt_tensors"] = 1
+    assert list(_statuses(gates, report)).count("fails") == 1
     report["admissibility"]["status"] = "inadmissible"
     report["weights"]["missing"] = ["lm_head.weight"]
     relations["different"] = 1
