@@ -16,6 +16,7 @@ from driftscope.analysis.arithmetic_guess import (
     recorded_inputs,
     some_prompts,
 )
+from driftscope.analysis.explanations.activation import FUNCTIONS, NAMES
 from driftscope.artifacts.model import Artifact
 from driftscope.engines.trace import Trace
 from driftscope.forward.architecture import layer_ops, score_scale
@@ -64,9 +65,14 @@ def guess_capture_points(
     if trace.has(WHOLE_MODEL, "embedding"):
         rows = np.concatenate([np.arange(trace.batch.n_tokens)[trace.batch.slices[i]] for i in wanted])
         recorded = trace.tap(WHOLE_MODEL, "embedding")[rows].astype(np.float64).reshape(-1)
-        plain = flat(ops.evaluate(WHOLE_MODEL, "embedding", {}, batch))
-        scaled = plain * artifact.config.hidden_size**0.5
-        for name, predicted in ((STANDARD, plain), ("times the root of its width", scaled)):
+        value, factor = (
+            flat(ops.evaluate(WHOLE_MODEL, "embedding", {}, batch)),
+            artifact.config.embedding_scale,
+        )
+        other = ("times the root of its width", value * artifact.config.hidden_size**0.5)
+        if factor != 1.0:
+            other = ("before its factor", value / factor)
+        for name, predicted in ((STANDARD, value), other):
             logs.setdefault("embedding", {}).setdefault(name, []).append(log_nmse(predicted, recorded))
     order = ["embedding", *(op.tap for op in layer_ops(artifact.config))]
     return {tap: answer_of(logs[tap]) for tap in order if tap in logs}
@@ -99,6 +105,10 @@ def _others(
     value = flat(standard)
     scale = score_scale(config)
     match tap:
+        case "post_attn_norm":
+            return {"before the norm": given("attn_out")}
+        case "post_ffn_norm":
+            return {"before the norm": given("ffn_out")}
         case "attn_norm" | "ffn_norm":
             source = inputs["layer_input" if tap == "attn_norm" else "post_attn_residual"]
             x = np.asarray(source, np.float64)
@@ -114,19 +124,22 @@ def _others(
         case "k_post_rope":
             return {"before RoPE": _part(inputs, "k", config)}
         case "attn_scores":
+            if cap := config.attention_softcap:
+                bare = cap * np.arctanh(np.clip(value / cap, -1 + 1e-15, 1 - 1e-15))
+                return {"before the cap": bare, "neither scaled nor capped": bare / scale}
             return {"not scaled": value / scale}
         case "attn_out" if "layer_input" in inputs:
             return {"after the residual": value + given("layer_input")}
         case "post_attn_residual":
-            return {"before the residual": given("attn_out")}
+            return {"before the residual": given("post_attn_norm" if config.post_norms else "attn_out")}
         case "ffn_gate":
-            return {"after the activation": value / (1 + np.exp(-value))}
+            return {"after the activation": FUNCTIONS[NAMES[config.activation]](value)}
         case "ffn_silu":
             return {"before the activation": given("ffn_gate")}
         case "ffn_out" if "post_attn_residual" in inputs:
             return {"after the residual": value + given("post_attn_residual")}
         case "post_ffn_residual":
-            return {"before the residual": given("ffn_out")}
+            return {"before the residual": given("post_ffn_norm" if config.post_norms else "ffn_out")}
     return {}
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from driftscope.faultbench.edited import values_of
 from driftscope.faultbench.injection import Injection, Site, from_the_start, outside
 from driftscope.faultbench.trace_in_memory import MemoryTrace
-from driftscope.faultbench.weights import FINAL_NORM, no_bias
+from driftscope.faultbench.weights import no_bias
+from driftscope.forward.architecture import norm_tensor, score_scale
 from driftscope.forward.evaluate import Value
 
 F32 = NDArray[np.float32]
@@ -33,11 +34,13 @@ def of(tap: str) -> Recorded:
     return lambda trace, site, layer: trace.values[layer, tap]
 
 
-def before_the_norm_weight(tap: str, name: str) -> Recorded:
-    """A norm's output without its weight; ``{}`` in the name stands for the layer."""
+def before_the_norm_weight(tap: str) -> Recorded:
+    """A norm's output without its weight."""
 
     def recorded(trace: MemoryTrace, site: Site, layer: int) -> Value:
-        weight = values_of(site.artifact, name.format(layer))
+        name = norm_tensor(site.config, layer, tap)
+        missing = site.config.norm_offset - site.artifact.tensors[name].value_offset
+        weight = values_of(site.artifact, name) + np.float32(missing)
         return np.divide(trace.tap(layer, tap), weight, dtype=np.float32)
 
     return recorded
@@ -58,7 +61,7 @@ def before_rope(which: str) -> Recorded:
 
 def before_the_scale(trace: MemoryTrace, site: Site, layer: int) -> Value:
     """Scores that are not scaled."""
-    gain = np.float32(site.config.head_dim**0.5)
+    gain = np.float32(1.0 / score_scale(site.config))
     return [part * gain for part in trace.ragged(layer, "attn_scores")]
 
 
@@ -115,10 +118,7 @@ INJECTIONS = (
         "norm before the MLP recorded before its weight",
         from_the_start("ffn_norm"),
         _CLASSES,
-        capture=elsewhere(
-            "ffn_norm",
-            before_the_norm_weight("ffn_norm", "model.layers.{}.post_attention_layernorm.weight"),
-        ),
+        capture=elsewhere("ffn_norm", before_the_norm_weight("ffn_norm")),
     ),
     Injection(
         "F20",
@@ -128,7 +128,7 @@ INJECTIONS = (
         outside("final_norm"),
         _CLASSES,
         regimes=("short",),
-        capture=elsewhere("final_norm", before_the_norm_weight("final_norm", FINAL_NORM)),
+        capture=elsewhere("final_norm", before_the_norm_weight("final_norm")),
     ),
     Injection(
         "F20",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from driftscope.faultbench import capture, engine, hyperparameters, weights
+from driftscope.faultbench import architectures, capture, engine, hyperparameters, weights
 from driftscope.faultbench.injection import Injection
 from driftscope.faultbench.subjects import DEFAULT, Subject
 
 INJECTIONS: tuple[Injection, ...] = tuple(
     sorted(
-        (*weights.INJECTIONS, *hyperparameters.INJECTIONS, *engine.INJECTIONS, *capture.INJECTIONS),
+        (
+            *(*weights.INJECTIONS, *hyperparameters.INJECTIONS, *engine.INJECTIONS, *capture.INJECTIONS),
+            *architectures.INJECTIONS,
+        ),
         key=lambda injection: injection.id,
     )
 )

@@ -18,7 +18,7 @@ from driftscope.faultbench.injection import (
     within,
 )
 from driftscope.faultbench.weights import no_bias, no_group, not_square, stored_as, tensor
-from driftscope.forward.architecture import site_shape, site_tensor
+from driftscope.forward.architecture import score_scale, site_shape, site_tensor
 from driftscope.forward.arithmetic import round_to
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.model import ForwardPass
@@ -58,6 +58,10 @@ class FaultyPass(ForwardPass):
         """Whether the fault is in a layer."""
         return self.everywhere or layer == self.site.layer
 
+    def _of_heads(self, layer: int, site: str, y: F32) -> F32:
+        """What RoPE turns: q or k after the norm of each head, where there is one."""
+        return self._norm(y, layer, f"{site}_post_rope", self.config.head_dim) if self.config.qk_norm else y
+
 
 class StepwisePass(FaultyPass):
     """A pass whose attention goes through its own scores, softmax and weighted sum.
@@ -74,6 +78,23 @@ class StepwisePass(FaultyPass):
             rows.append(self.weigh(layer, weights, v[tokens]))
         return np.concatenate(rows)
 
+    def _bare_scores(self, layer: int, q: F32, k: F32) -> F32:
+        """Scores of one sequence, scaled, before a cap."""
+        found: F32 = self.kernels.attention_scores(
+            q,
+            k,
+            n_heads=self.config.num_heads,
+            n_kv_heads=self.config.num_kv_heads,
+            kv_type=self.policy.kv_type,
+            scale=score_scale(self.config),
+        )
+        return found
+
+    def _capped(self, scores: F32) -> F32:
+        """Scores under the model's own cap."""
+        cap = self.config.attention_softcap
+        return capped(scores, cap) if cap else scores
+
 
 class InterleavedPairs(FaultyPass):
     """RoPE turns neighbouring channels instead of the two halves."""
@@ -81,7 +102,7 @@ class InterleavedPairs(FaultyPass):
     def turned(self, layer: int, site: str, y: F32, batch: TokenBatch) -> F32:
         if not self.hit(layer):
             return super().turned(layer, site, y, batch)
-        return self._turn(layer, y, batch, interleaved=True)
+        return self._turn(layer, self._of_heads(layer, site, y), batch, interleaved=True)
 
 
 class OtherPositions(FaultyPass):
@@ -94,7 +115,8 @@ class OtherPositions(FaultyPass):
     def turned(self, layer: int, site: str, y: F32, batch: TokenBatch) -> F32:
         if site not in self.sites:
             return super().turned(layer, site, y, batch)
-        return self._turn(layer, y, batch, positions=self.moved(batch.positions).astype(np.int64))
+        positions = self.moved(batch.positions).astype(np.int64)
+        return self._turn(layer, self._of_heads(layer, site, y), batch, positions=positions)
 
 
 class NoBias(FaultyPass):
@@ -164,15 +186,16 @@ class TiledHeads(StepwisePass):
 
 
 class OtherScores(StepwisePass):
-    """Attention scores put through a function before the mask."""
+    """Attention scores put through a function before the mask, and before the model's own cap."""
 
     def __init__(self, site: Site, change: Callable[[F32], F32], *, everywhere: bool = True) -> None:
         super().__init__(site, everywhere=everywhere)
         self.change = change
 
     def scores(self, layer: int, q: F32, k: F32) -> F32:
-        found = super().scores(layer, q, k)
-        return self.change(found) if self.hit(layer) else found
+        if not self.hit(layer):
+            return super().scores(layer, q, k)
+        return self._capped(self.change(self._bare_scores(layer, q, k)))
 
 
 class HalfScores(StepwisePass):
@@ -187,8 +210,8 @@ class HalfScores(StepwisePass):
         total = np.zeros((length, heads, length), dtype=np.float16)
         for channel in range(queries.shape[2]):
             total += queries[:, :, channel, None] * keys[:, :, channel].T[None]
-        scaled = total.astype(np.float32) * np.float32(self.config.head_dim**-0.5)
-        return scaled.reshape(length, -1)
+        scaled = total.astype(np.float32) * np.float32(score_scale(self.config))
+        return self._capped(scaled.reshape(length, -1))
 
 
 class OtherMask(StepwisePass):
@@ -199,7 +222,7 @@ class OtherMask(StepwisePass):
     def softmax(self, layer: int, scores: F32) -> F32:
         if not self.hit(layer):
             return super().softmax(layer, scores)
-        length, window = scores.shape[0], self.config.sliding_window
+        length, window = scores.shape[0], self.config.window_of(layer)
         query, key = np.indices((length, length))
         seen = key <= query + self.ahead
         if window:
@@ -344,6 +367,13 @@ def quick_gelu(x: F32) -> F32:
     return (wide / (1.0 + np.exp(-1.702 * wide))).astype(np.float32)
 
 
+def silu(x: F32) -> F32:
+    """``x * sigmoid(x)``."""
+    from driftscope.kernels.forward import silu as of_the_pass
+
+    return of_the_pass(x)
+
+
 def gelu_tanh(x: F32) -> F32:
     """GELU by its tanh formula."""
     from driftscope.kernels.forward import gelu
@@ -352,10 +382,8 @@ def gelu_tanh(x: F32) -> F32:
 
 
 def scaled_scores(power: float) -> Callable[[Site], ForwardPass]:
-    """Scores whose scale is ``head_dim ** -0.5`` to another power."""
-    return lambda site: OtherScores(
-        site, lambda x: x * np.float32((site.config.head_dim**-0.5) ** (power - 1.0))
-    )
+    """Scores whose scale is the model's to another power."""
+    return lambda site: OtherScores(site, lambda x: x * np.float32(score_scale(site.config) ** (power - 1.0)))
 
 
 def doubled_scores(site: Site) -> ForwardPass:
@@ -371,6 +399,21 @@ def capped_scores(site: Site) -> ForwardPass:
 def not_q4_1(site: Site) -> str | None:
     """Why the sum of a q8_1 block is not formed."""
     return stored_as("down", ("Q4_1", "Q5_1"))(site)
+
+
+def caps_scores(site: Site) -> str | None:
+    """Why scores cannot be capped."""
+    return "the model has a cap of its own" if site.config.attention_softcap else None
+
+
+def caps_logits(site: Site) -> str | None:
+    """Why logits cannot be capped."""
+    return "the model has a cap of its own" if site.config.logit_softcap else None
+
+
+def is_gelu(site: Site) -> str | None:
+    """Why GELU is no fault."""
+    return "it is the model's own function" if site.config.activation == "gelu_tanh" else None
 
 
 def next_norm(site: Site) -> Spot:
@@ -492,6 +535,7 @@ INJECTIONS = (
         f"attention scores under a soft cap of {SCORE_CAP:g}",
         from_the_start("attn_scores"),
         ("soft-cap",),
+        unless=caps_scores,
         engine=capped_scores,
     ),
     Injection(
@@ -501,6 +545,7 @@ INJECTIONS = (
         f"logits under a soft cap of {LOGIT_CAP:g}",
         outside("lm_head"),
         ("soft-cap",),
+        unless=caps_logits,
         engine=CappedLogits,
         regimes=("short",),
     ),
@@ -549,6 +594,7 @@ INJECTIONS = (
         "GELU (tanh) in SiLU's place",
         from_the_start("ffn_silu"),
         ("activation-function",),
+        unless=is_gelu,
         engine=lambda site: OtherActivation(site, gelu_tanh),
     ),
     Injection(

@@ -7,8 +7,9 @@ from typing import Any
 
 from driftscope.artifacts.model import Artifact
 from driftscope.faultbench.edited import with_config
-from driftscope.faultbench.injection import Injection, Site, from_the_start
+from driftscope.faultbench.injection import Injection, Site, Spot, from_the_start
 from driftscope.faultbench.weights import without_factors
+from driftscope.forward.rotary import turns_locally
 
 
 def multiplied(field: str, factor: float) -> Callable[[Site], Artifact]:
@@ -36,6 +37,25 @@ def no_scaling(site: Site) -> str | None:
     return None if site.config.rope_scaling else "the model's rotary frequencies are not scaled"
 
 
+def no_window_of_its_own(site: Site) -> str | None:
+    """Why the window cannot be taken off alone."""
+    if site.config.local_rope_theta is not None:
+        return "the layers with a window have a theta of their own"
+    return no_window(site)
+
+
+def first_turned(site: Site) -> Spot:
+    """The turn of q in the first layer that turns by the model's own theta and scaling."""
+    layers = range(site.config.num_layers)
+    return Spot(next(layer for layer in layers if not turns_locally(site.config, layer)), "q_post_rope")
+
+
+def first_with_a_window(site: Site) -> Spot:
+    """The softmax of the first layer with a window."""
+    layers = range(site.config.num_layers)
+    return Spot(next((layer for layer in layers if site.config.window_of(layer)), 0), "attn_softmax")
+
+
 _C = "configuration"
 
 INJECTIONS = (
@@ -53,7 +73,7 @@ INJECTIONS = (
         "factors-dropped",
         _C,
         "rotary frequencies without their divisors",
-        from_the_start("q_post_rope"),
+        first_turned,
         ("rope-factors",),
         unless=no_scaling,
         artifact=without_factors,
@@ -63,7 +83,7 @@ INJECTIONS = (
         "theta-times-ten",
         _C,
         "rope_theta ten times too large",
-        from_the_start("q_post_rope"),
+        first_turned,
         ("rope-theta",),
         artifact=multiplied("rope_theta", 10.0),
     ),
@@ -72,7 +92,7 @@ INJECTIONS = (
         "window-plus-one",
         _C,
         "a sliding window one token too wide",
-        from_the_start("attn_softmax"),
+        first_with_a_window,
         ("window",),
         unless=no_window,
         artifact=window_moved(1),
@@ -82,7 +102,7 @@ INJECTIONS = (
         "window-less-one",
         _C,
         "a sliding window one token too narrow",
-        from_the_start("attn_softmax"),
+        first_with_a_window,
         ("window",),
         unless=no_window,
         artifact=window_moved(-1),
@@ -92,9 +112,9 @@ INJECTIONS = (
         "window-ignored",
         _C,
         "no sliding window",
-        from_the_start("attn_softmax"),
+        first_with_a_window,
         ("window",),
-        unless=no_window,
+        unless=no_window_of_its_own,
         artifact=changed(sliding_window=None),
     ),
 )

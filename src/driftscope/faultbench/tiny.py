@@ -1,4 +1,4 @@
-"""Small random models, written without torch: a Qwen2 with grouped heads and biases, and variants of it."""
+"""Small random models, written without torch: a Qwen2 with grouped heads and biases, variants, others."""
 
 from __future__ import annotations
 
@@ -52,6 +52,50 @@ _LLAMA3 = {
     "original_max_position_embeddings": 256,
 }
 
+_NARROW = 5
+"""A window that short prompts reach beyond."""
+
+_GEMMA: dict[str, Any] = {
+    # Large enough to matter where the embedding is multiplied by 16.
+    "rms_norm_eps": 1e-2,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": _NARROW,
+    "tie_word_embeddings": True,
+}
+
+_GEMMA2: dict[str, Any] = {
+    **_GEMMA,
+    "model_type": "gemma2",
+    "architectures": ["Gemma2ForCausalLM"],
+    "attn_logit_softcapping": 10.0,
+    "final_logit_softcapping": 30.0,
+}
+
+_GEMMA3: dict[str, Any] = {
+    **_GEMMA,
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+
+_PHI3: dict[str, Any] = {
+    "model_type": "phi3",
+    "architectures": ["Phi3ForCausalLM"],
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-3,
+    "sliding_window": _NARROW,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+"""Half of each head turns."""
+
 _BIG_CHANNEL = 7
 _BIG_TOKEN = 1
 
@@ -82,6 +126,9 @@ VARIANTS: Mapping[str, Variant] = {
     "llama": Variant(
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
     ),
+    "gemma2": Variant(_GEMMA2),
+    "gemma3": Variant(_GEMMA3),
+    "phi3": Variant(_PHI3),
 }
 
 
@@ -126,7 +173,7 @@ def random_values(document: Mapping[str, Any], seed: int) -> dict[str, F32]:
     for name, shape in expected_shapes(config).items():
         noise = random.standard_normal(shape, dtype=np.float32)
         if name.endswith("norm.weight"):
-            values[name] = np.float32(1) + np.float32(0.2) * noise
+            values[name] = np.float32(1 - config.norm_offset) + np.float32(0.2) * noise
         elif name.endswith("bias"):
             values[name] = np.float32(0.5) * noise
         elif "embed_tokens" in name:

@@ -19,10 +19,10 @@ from driftscope.faultbench.edited import (
     without_tensors,
 )
 from driftscope.faultbench.injection import Injection, Site, from_the_start, outside, within
-from driftscope.forward.architecture import SITE_TENSORS
+from driftscope.forward.architecture import SITE_TENSORS, norm_tensor
 from driftscope.kernels.formats import format_of
 
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _SCALE_AT = {"Q4_0": 0, "Q4_1": 0, "Q5_0": 0, "Q5_1": 0, "Q8_0": 0, "Q4_K": 0, "Q5_K": 0, "Q6_K": 208}
 """Byte of a block at which its float16 scale begins."""
@@ -60,11 +60,11 @@ def permuted(site: Site, counts: Mapping[str, int]) -> Artifact:
     return with_rows(site.artifact, changed)
 
 
-def norm_moved(name: str, by: float) -> Callable[[Site], Artifact]:
-    """A norm's weight plus a constant; ``{}`` in the name stands for the layer."""
+def norm_moved(tap: str, by: float) -> Callable[[Site], Artifact]:
+    """The weight of the norm that gives a tap plus a constant."""
 
     def edit(site: Site) -> Artifact:
-        full = name.format(site.layer)
+        full = norm_tensor(site.config, site.layer, tap)
         return with_values(site.artifact, {full: values_of(site.artifact, full) + np.float32(by)})
 
     return edit
@@ -297,7 +297,7 @@ INJECTIONS = (
         "one taken off the weight of the norm before attention",
         within("attn_norm"),
         ("norm-offset",),
-        artifact=norm_moved("model.layers.{}.input_layernorm.weight", -1.0),
+        artifact=norm_moved("attn_norm", -1.0),
     ),
     Injection(
         "F04",
@@ -306,7 +306,7 @@ INJECTIONS = (
         "one added to the weight of the norm before the MLP",
         within("ffn_norm"),
         ("norm-offset",),
-        artifact=norm_moved("model.layers.{}.post_attention_layernorm.weight", 1.0),
+        artifact=norm_moved("ffn_norm", 1.0),
     ),
     Injection(
         "F04",
@@ -315,7 +315,7 @@ INJECTIONS = (
         "one added to the weight of the last norm",
         outside("final_norm"),
         ("norm-offset",),
-        artifact=norm_moved(FINAL_NORM, 1.0),
+        artifact=norm_moved("final_norm", 1.0),
         regimes=("short",),
     ),
     Injection(

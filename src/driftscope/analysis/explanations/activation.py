@@ -36,12 +36,13 @@ FUNCTIONS: dict[str, Callable[[F64], F64]] = {
 }
 """Activation functions by name, in float64."""
 
-_NAMES = {"silu": "SiLU", "gelu_tanh": "GELU with tanh"}
+NAMES = {"silu": "SiLU", "gelu_tanh": "GELU with tanh"}
+"""Function of a configuration to its name in `FUNCTIONS`."""
 
 
 def _own(case: Case) -> str:
     """Name of the model's function."""
-    return _NAMES[case.config.activation]
+    return NAMES[case.config.activation]
 
 
 def function(case: Case) -> Iterator[Candidate]:

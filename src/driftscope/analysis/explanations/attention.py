@@ -147,7 +147,13 @@ class Attention:
         return worst, np.unique(np.concatenate([order, spread.astype(np.int64)]))
 
     def scores(
-        self, rows: Rows, *, q: F32 | None = None, k: F32 | None = None, heads: I64 | None = None
+        self,
+        rows: Rows,
+        *,
+        q: F32 | None = None,
+        k: F32 | None = None,
+        heads: I64 | None = None,
+        capped: bool = True,
     ) -> F64:
         """Scaled scores of some queries, ``float64[queries, heads, keys]``.
 
@@ -156,6 +162,7 @@ class Attention:
             q: stands in for theirs.
             k: stands in for theirs.
             heads: key head of each query head; None for the model's.
+            capped: under the model's own cap, if it has one.
         """
         from driftscope.kernels.forward import to_f16
         from driftscope.kernels.matmul import matmul_f32
@@ -172,8 +179,16 @@ class Attention:
             with np.errstate(all="ignore"):
                 found[:, head] = matmul_f32(np.ascontiguousarray(left[:, head]), keys)
         scaled = np.asarray((found * np.float32(self.scale)).astype(np.float32), np.float64)
+        return self.capped(scaled) if capped else scaled
+
+    def capped(self, scores: F64) -> F64:
+        """Scores under the model's own cap, if it has one."""
         cap = self.config.attention_softcap
-        return caps.capped(scaled, cap) if cap else scaled
+        return caps.capped(scores, cap) if cap else scores
+
+    def bare_scores(self, rows: Rows) -> F64:
+        """Expected scores before the cap; those that were recorded cannot be had of a model that caps."""
+        return self.scores(rows, capped=False) if self.config.attention_softcap else self.scores_of(rows)
 
     def softmax(self, rows: Rows, scores: F64, *, ahead: int | None = 0, window: int | None = -1) -> F64:
         """Softmax of scores under a mask.
@@ -289,14 +304,17 @@ def _scores_side(case: Case) -> Attention | None:
 def score_scale(case: Case) -> Iterator[Candidate]:
     """Scores are multiplied by another number than the inverse root of the head size."""
     attention = _scores_side(case)
-    if attention is None:
+    own_cap = case.config.attention_softcap
+    if attention is None or (own_cap and not attention.reaches_scores):
         return
     root = case.config.head_dim**0.5
 
     def make(factor: float) -> Callable[[Rows], F64]:
-        return lambda rows: attention.from_scores(rows, factor * attention.scores_of(rows))
+        return lambda rows: attention.from_scores(
+            rows, attention.capped(factor * attention.bare_scores(rows))
+        )
 
-    if attention.level == 0:
+    if attention.level == 0 and not own_cap:
         target = np.concatenate(
             [np.where(m, t, 0).ravel() for m, t in zip(case.masks, case.targets, strict=True)]
         )
@@ -336,6 +354,10 @@ def soft_cap(case: Case) -> Iterator[Candidate]:
     )
     if not 0.0 < largest < np.inf:
         return
+    own = case.config.attention_softcap
+    if own and attention.reaches_scores:
+        yield from _other_cap(attention, own)
+        return
     for kind, text, low in (
         (caps.capped, "scores are capped at {}", 0.02 * largest),
         (caps.uncapped, "scores lack their cap of {}", 1.0001 * largest),
@@ -354,6 +376,31 @@ def soft_cap(case: Case) -> Iterator[Candidate]:
                     complexity,
                     {"cap": rounded(cap), "largest": rounded(largest)},
                 )
+
+
+def _other_cap(attention: Attention, own: float) -> Iterator[Candidate]:
+    """Scores of a model that caps them: without the cap, or under another one."""
+    yield from attention.if_near(
+        "soft-cap",
+        f"scores lack their cap of {figure(own)}",
+        lambda rows: attention.from_scores(rows, attention.bare_scores(rows)),
+        0,
+        {"cap": rounded(own)},
+    )
+
+    def make(cap: float) -> Callable[[Rows], F64]:
+        return lambda rows: attention.from_scores(rows, caps.capped(attention.bare_scores(rows), cap))
+
+    fitted = caps.least_on_grid(partial(_capped_misfit, attention, make), 0.02 * own, 50.0 * own)
+    for cap, complexity in (*((cap, 0) for cap in (*caps.CAPS, 2 * own, own / 2)), (fitted, 1)):
+        if cap != own:
+            yield from attention.if_near(
+                "soft-cap",
+                f"scores are capped at {figure(cap)} instead of {figure(own)}",
+                make(cap),
+                complexity,
+                {"cap": rounded(cap), "expected_cap": rounded(own)},
+            )
 
 
 def _capped_misfit(attention: Attention, make: Callable[[float], Callable[[Rows], F64]], cap: float) -> float:

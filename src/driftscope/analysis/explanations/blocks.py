@@ -94,7 +94,7 @@ def decoding(case: Case) -> Iterator[Candidate]:
     for class_, what, steps, offsets in tries:
         if np.array_equal(steps, found.steps) and np.array_equal(offsets, found.offsets):
             continue
-        predicted = linear.times(found.weight(steps, offsets)) + linear.bias(rows)
+        predicted = linear.gives(linear.times(found.weight(steps, offsets)), rows)
         yield Candidate(class_, what, predicted, 1, {"format": _ref(case, linear.name).dtype}, channels=rows)
 
 
@@ -163,7 +163,7 @@ def zero_point(case: Case) -> Iterator[Candidate]:
         yield Candidate(
             "zero-point",
             f"the {what} is off by {figure(used)} {unit}",
-            case.expected[:, rows] + used * shape,
+            linear.moved(used * shape, rows),
             1 if whole else 3,
             {"shift": rounded(shift), "unit": unit, "format": _ref(case, linear.name).dtype},
             channels=rows,
@@ -207,7 +207,7 @@ def by_blocks(case: Case) -> Iterator[Candidate]:
                 "low": rounded(float(np.quantile(figures, 0.05))),
                 "high": rounded(float(np.quantile(figures, 0.95))),
             }
-            predicted = linear.times(weight.astype(np.float32)) + linear.bias(rows)
+            predicted = linear.gives(linear.times(weight.astype(np.float32)), rows)
             complexity = (4 if width > 32 else 5) + (2 if weight is both else 0)
             yield Candidate(class_, what, predicted, complexity, evidence, channels=rows)
 
@@ -275,7 +275,7 @@ def _damaged_in_file(case: Case, linear: Linear, row: int, alone: bool) -> Itera
     which = f"column {left}" if width == 1 else f"block {block} (columns {left} to {right - 1})"
     flipped = f", where bit {bit['bit']} of byte {bit['byte']} is flipped" if bit else ""
     share = float(energy[block] / energy.sum()) if energy.sum() else 0.0
-    predicted = case.expected[:, here] + linear.times((changed - theirs).astype(np.float32)[None, :])
+    predicted = linear.moved(linear.times((changed - theirs).astype(np.float32)[None, :]), here)
     yield Candidate(
         "corrupt-block",
         f"row {row} of {linear.name} alone is wrong, in {which}{flipped}; "
@@ -356,7 +356,7 @@ def _flipped_in_engine(case: Case, linear: Linear, row: int) -> Iterator[Candida
         "corrupt-block",
         f"row {row} of {linear.name} alone is wrong, as if bit {place % 8} of byte {place // 8} of its block "
         f"{block} ({columns}) were flipped",
-        case.expected[:, [row]] + output,
+        linear.moved(output, np.array([row])),
         2,
         {
             "row": row,

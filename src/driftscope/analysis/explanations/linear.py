@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from driftscope.analysis.explanations.base import F32, F64, I64, Case
+from driftscope.analysis.explanations.caps import capped
 from driftscope.engines.trace import PARTS
 from driftscope.forward.architecture import SITE_INPUTS, SITE_OUTPUTS, site_tensor
 from driftscope.forward.policy import WHOLE_MODEL
@@ -100,6 +101,22 @@ class Linear:
             )
         return found.astype(np.float64)
 
+    @property
+    def cap(self) -> float | None:
+        """Soft cap of the output: of the logits, in models that have one."""
+        return self.case.config.logit_softcap if self.site == "lm_head" else None
+
+    def gives(self, product: F64, rows: I64 | None = None) -> F64:
+        """The op's output of a product: with the bias, under the cap."""
+        found = product + self.bias(rows)
+        return capped(found, self.cap) if self.cap else found
+
+    def moved(self, by: F64, rows: I64) -> F64:
+        """The expected output of some rows, had something been added to the product."""
+        if not self.cap:
+            return np.asarray(self.case.expected[:, rows] + by)
+        return self.gives(self.times(self.case.weight(self.name, rows)) + by, rows)
+
     def of_tensor(self, name: str, rows: I64 | None = None, tokens: I64 | None = None) -> F64:
         """What the op gives with another tensor's weights and, where the op has one, its bias."""
         case, x = self.case, self.x if tokens is None else self.x[tokens]
@@ -108,6 +125,7 @@ class Linear:
         if self.with_bias and case.has_tensor(bias):
             values = case.vector(bias)
             found = found + (values if rows is None else values[rows])
+        found = capped(found, self.cap) if self.cap else found
         return case.output(found.astype(np.float32)).astype(np.float64)
 
     def other_layers(self) -> list[tuple[int, str]]:

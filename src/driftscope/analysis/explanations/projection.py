@@ -67,6 +67,50 @@ def _orders(rows: int, right: int) -> Iterator[tuple[int, str, I64]]:
             yield heads, "with halves interleaved and taken apart again", back[order]
 
 
+def fused_rows(case: Case) -> Iterator[Candidate]:
+    """Rows of q, k and v that were stored as one matrix are split in another arrangement."""
+    linear, config = Linear.of(case), case.config
+    if linear is None or case.op.part not in ("q", "k", "v"):
+        return
+    names = [site_tensor(config, case.op.layer, site) for site in "qkv"]
+    if not all(case.has_tensor(name) for name in names):
+        return
+    heads, kv, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    counts = (heads * dim, kv * dim, kv * dim)
+    bounds = np.cumsum((0, *counts))
+    place = "qkv".index(case.op.part)
+    own = slice(int(bounds[place]), int(bounds[place + 1]))
+    rows, tokens = _sample(case)
+    fused: F64 | None = None
+    for what, order in _arrangements(heads, kv, dim):
+        source = order[own][rows]
+        if np.array_equal(source, rows + own.start):
+            continue
+        if fused is None:
+            x = case.activation(linear.x[tokens], linear.name, linear.site)
+            fused = np.concatenate([linear.times(case.weight(name), x) for name in names], axis=1)
+        yield Candidate(
+            "row-permutation-heads",
+            f"the fused rows of q, k and v are {what}",
+            linear.gives(fused[:, source], rows),
+            1,
+            {"arrangement": what},
+            tokens=tokens,
+            channels=rows,
+        )
+
+
+def _arrangements(heads: int, kv: int, dim: int) -> Iterator[tuple[str, I64]]:
+    """Row of q, k and v side by side that is read in the place of each."""
+    group = heads // kv
+    rows = np.arange((heads + 2 * kv) * dim, dtype=np.int64)
+    by_group = rows.reshape(kv, group + 2, dim)
+    parts = (by_group[:, :group], by_group[:, group : group + 1], by_group[:, group + 1 :])
+    split = np.concatenate([part.reshape(-1) for part in parts])
+    yield "split as if they lay group by group", split
+    yield "stored group by group and split as if they lay side by side", np.argsort(split)
+
+
 def bias(case: Case) -> Iterator[Candidate]:
     """The bias is left out, or added twice, or that of another layer."""
     linear = Linear.of(case)
@@ -160,7 +204,7 @@ def transposed(case: Case) -> Iterator[Candidate]:
     for what, places in kinds.items():
         needed, back = np.unique(places // columns, return_inverse=True)
         weight = case.weight(linear.name, needed)[back.reshape(places.shape), places % columns]
-        predicted = linear.times(weight) + linear.bias(sample)
+        predicted = linear.gives(linear.times(weight), sample)
         what = "the matrix is transposed" if rows == columns else what
         yield Candidate("transposed", what, predicted, 0, {"rows": rows, "columns": columns}, channels=sample)
 
@@ -186,7 +230,7 @@ def head_tie(case: Case) -> Iterator[Candidate]:
             yield Candidate(
                 "head-tie",
                 f"the head multiplies with {whose} {label}",
-                linear.times(weight, x),
+                linear.gives(linear.times(weight, x), rows),
                 0,
                 {"tensor": name, "artifact": whose},
                 tokens=tokens,
@@ -242,7 +286,7 @@ def in_half(case: Case) -> Iterator[Candidate]:
         ("the activation is rounded to float16", half_x, weight),
         ("activation and weights are rounded to float16", half_x, half_weight),
     ):
-        found = linear.times(right, left) + linear.bias(rows)
+        found = linear.gives(linear.times(right, left), rows)
         yield Candidate("f16-overflow", what + tail, found, 0, evidence, None, tokens, rows)
         found = round_to(found.astype(np.float32), "f16").astype(np.float64)
         yield Candidate(
@@ -254,7 +298,7 @@ def in_half(case: Case) -> Iterator[Candidate]:
         total = np.zeros((tokens.size, rows.size), np.float16)
         for column in range(x.shape[1]):
             total += half_x[:, column].astype(np.float16)[:, None] * half_weight[:, column].astype(np.float16)
-    found = total.astype(np.float64) + linear.bias(rows)
+    found = linear.gives(total.astype(np.float64), rows)
     expected = case.expected[np.ix_(tokens, rows)]
     simulated = float(np.nansum((found - expected) ** 2))
     error = float(np.sum(case.residual[np.ix_(tokens, rows)] ** 2))
@@ -278,6 +322,10 @@ def capped(case: Case) -> Iterator[Candidate]:
     largest = float(np.abs(np.where(np.isfinite(case.expected), case.expected, 0.0)).max(initial=0.0))
     if case.op.tap != "lm_head" or largest == 0.0:
         return
+    linear = Linear.of(case)
+    if linear is not None and linear.cap:
+        yield from _under_a_cap(case, linear, linear.cap)
+        return
     rows, tokens = _sample(case)
     here = np.ix_(tokens, rows)
     target, expected = case.target[here], case.expected[here]
@@ -297,8 +345,44 @@ def capped(case: Case) -> Iterator[Candidate]:
                 yield Candidate("soft-cap", text.format(figure(cap)), predicted, complexity, evidence)
 
 
+def _under_a_cap(case: Case, linear: Linear, own: float) -> Iterator[Candidate]:
+    """Logits of a model that caps them: without the cap, under another one, or scaled before it."""
+    rows, tokens = _sample(case)
+    target = case.target[np.ix_(tokens, rows)]
+    x = case.activation(linear.x[tokens], linear.name, "lm_head")
+    bare = linear.times(case.weight(linear.name, rows), x)
+    largest = float(np.abs(bare).max(initial=0.0))
+    if not 0.0 < largest < np.inf:
+        return
+
+    def candidate(class_: str, what: str, predicted: F64, complexity: int, **evidence: float) -> Candidate:
+        figures = {key: rounded(value) for key, value in {**evidence, "largest": largest}.items()}
+        return Candidate(class_, what, predicted, complexity, figures, tokens=tokens, channels=rows)
+
+    yield candidate("soft-cap", f"logits lack their cap of {figure(own)}", bare, 0, cap=own)
+
+    def other_cap(cap: float) -> F64:
+        return caps.capped(bare, cap)
+
+    def scaled(factor: float) -> F64:
+        return caps.capped(factor * bare, own)
+
+    def fitted(make: Callable[[float], F64], low: float, high: float) -> float:
+        return caps.least_on_grid(lambda value: float(np.nansum((target - make(value)) ** 2)), low, high)
+
+    best = fitted(other_cap, 0.02 * largest, 1e3 * largest)
+    for cap, complexity in (*((cap, 0) for cap in (*caps.CAPS, 2 * own, own / 2)), (best, 1)):
+        if cap != own:
+            what = f"logits are capped at {figure(cap)} instead of {figure(own)}"
+            yield candidate("soft-cap", what, other_cap(cap), complexity, cap=cap)
+    ratio = fitted(scaled, 0.01, 100.0)
+    what = f"logits are multiplied by {figure(ratio)} before their cap"
+    yield candidate("output-scale", what, scaled(ratio), 1, ratio=ratio)
+
+
 HYPOTHESES = (
     row_permutation,
+    fused_rows,
     bias,
     other_tensor,
     transposed,

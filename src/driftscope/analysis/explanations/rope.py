@@ -21,7 +21,7 @@ from driftscope.artifacts.rope_factors import llama3_factors
 from driftscope.errors import InputError
 from driftscope.forward.arithmetic import round_to
 from driftscope.forward.policy import WHOLE_MODEL
-from driftscope.forward.rotary import rope_frequencies, rope_scale, turns_locally
+from driftscope.forward.rotary import is_long, rope_frequencies, rope_scale, rotary_dim, turns_locally
 
 C128 = NDArray[np.complex128]
 
@@ -73,17 +73,20 @@ class Rotation:
             square = np.mean(heads * heads, axis=1, keepdims=True) + case.config.rms_norm_eps
             x = (heads / np.sqrt(square) * case.norm_weight(name)).reshape(x.shape)
         layer = case.op.layer
-        if turns_in_part_or_by_length(case.config):
+        lengths = case.batch.totals[np.searchsorted(case.batch.boundaries, case.tokens, side="right") - 1]
+        long = {is_long(case.config, int(length)) for length in lengths}
+        if len(long) > 1:
+            # Sequences turn by two sets of frequencies; hypotheses know one.
             return None
         local = turns_locally(case.config, layer)
-        return cls(
-            case, x, frequencies_of(case.artifact, layer), rope_scale(case.config, local=local), _config(case)
-        )
+        scale = rope_scale(case.config, local=local)
+        found = frequencies_of(case.artifact, layer, long=long.pop())
+        return cls(case, x, found, scale, _config(case))
 
     @property
     def half(self) -> int:
-        """Pairs of channels a head."""
-        return self.case.config.head_dim // 2
+        """Pairs of channels a head that turn."""
+        return rotary_dim(self.case.config) // 2
 
     @property
     def angles(self) -> F64:
@@ -103,13 +106,18 @@ class Rotation:
     def turned_by(self, cosine: F64, sine: F64, scale: float | None = None, x: F64 | None = None) -> F64:
         """The op's output with other cosines and sines, ``float64[tokens, pairs]``."""
         factor = self.scale if scale is None else scale
-        z = self.pairs(self.x if x is None else x) * (factor * (cosine + 1j * sine))[:, None, :]
-        return np.concatenate([z.real, z.imag], axis=2).reshape(self.x.shape)
+        before = self.x if x is None else x
+        z = self.pairs(before) * (factor * (cosine + 1j * sine))[:, None, :]
+        return np.concatenate([z.real, z.imag, self.rest(before)], axis=2).reshape(self.x.shape)
 
     def pairs(self, x: F64) -> C128:
-        """Channels as complex numbers, ``complex128[tokens, heads, pairs]``."""
-        heads = x.reshape(x.shape[0], -1, 2, self.half)
-        return np.asarray(heads[:, :, 0] + 1j * heads[:, :, 1])
+        """Channels that turn as complex numbers, ``complex128[tokens, heads, pairs]``."""
+        heads = x.reshape(x.shape[0], -1, self.case.config.head_dim)
+        return np.asarray(heads[:, :, : self.half] + 1j * heads[:, :, self.half : 2 * self.half])
+
+    def rest(self, x: F64) -> F64:
+        """Channels that do not turn, ``float64[tokens, heads, channels]``."""
+        return x.reshape(x.shape[0], -1, self.case.config.head_dim)[:, :, 2 * self.half :]
 
     @cached_property
     def overlap(self) -> C128:
@@ -146,12 +154,6 @@ class Rotation:
         return float(np.sum((self.overlap * np.exp(-1j * angles)).real))
 
 
-def turns_in_part_or_by_length(config: ModelConfig) -> bool:
-    """Whether heads turn in part or by the length of the sequence: hypotheses about that there are none."""
-    longrope = (config.rope_scaling or {}).get("rope_type") == "longrope"
-    return longrope or config.rotary_dim not in (None, config.head_dim)
-
-
 def _config(case: Case) -> ModelConfig:
     """Hyperparameters with the theta and the scaling of the op's layer."""
     config = case.config
@@ -163,15 +165,15 @@ def _config(case: Case) -> ModelConfig:
     )
 
 
-def frequencies_of(artifact: Artifact, layer: int = WHOLE_MODEL) -> F32:
-    """The rotary frequencies of a layer of an artifact."""
+def frequencies_of(artifact: Artifact, layer: int = WHOLE_MODEL, *, long: bool = False) -> F32:
+    """The rotary frequencies of a layer of an artifact; of LongRoPE those of long or of short sequences."""
     from driftscope.kernels.dequantize import dequantize
 
     ref = artifact.tensors.get(ROPE_FREQS)
     factors = None
     if ref is not None:
         factors = dequantize(np.ascontiguousarray(ref.raw()), ref.dtype).reshape(-1)
-    return rope_frequencies(artifact.config, factors, local=turns_locally(artifact.config, layer))
+    return rope_frequencies(artifact.config, factors, local=turns_locally(artifact.config, layer), long=long)
 
 
 def pairing(case: Case) -> Iterator[Candidate]:
@@ -180,7 +182,8 @@ def pairing(case: Case) -> Iterator[Candidate]:
     if rotation is None:
         return
     # `order` puts the halves of a head side by side, `back` puts neighbours half a head apart.
-    order = np.argsort(interleaved(2 * rotation.half, 1))
+    still = np.arange(2 * rotation.half, case.config.head_dim)
+    order = np.concatenate([np.argsort(interleaved(2 * rotation.half, 1)), still])
     back = np.argsort(order)
     cosine, sine = np.cos(rotation.angles), np.sin(rotation.angles)
 
@@ -205,6 +208,24 @@ def pairing(case: Case) -> Iterator[Candidate]:
         )
 
 
+def share(case: Case) -> Iterator[Candidate]:
+    """The whole head turns where a part of it should."""
+    rotation, dim = Rotation.of(case), case.config.head_dim
+    if rotation is None or 2 * rotation.half == dim or rotation.config.rope_scaling:
+        return
+    frequencies = rope_frequencies(dataclasses.replace(rotation.config, rotary_dim=None))
+    angles = rotation.angles_at(case.positions, frequencies)
+    heads = rotation.x.reshape(rotation.x.shape[0], -1, 2, dim // 2)
+    z = (heads[:, :, 0] + 1j * heads[:, :, 1]) * np.exp(1j * angles)[:, None, :]
+    yield Candidate(
+        "rope-pairing",
+        f"all {dim} channels of a head are turned instead of the leading {2 * rotation.half}",
+        np.concatenate([z.real, z.imag], axis=2).reshape(rotation.x.shape),
+        0,
+        {"turned": dim, "expected_turned": 2 * rotation.half},
+    )
+
+
 def theta(case: Case) -> Iterator[Candidate]:
     """Another base of the frequencies."""
     rotation = Rotation.of(case)
@@ -214,7 +235,7 @@ def theta(case: Case) -> Iterator[Candidate]:
     tried: dict[float, int] = {own * factor: 0 for factor in (10.0, 0.1, 100.0, 0.01)}
     tried |= dict.fromkeys(_THETAS, 0)
     if other := _other_side(case):
-        tried[float(other.config.rope_theta)] = 0
+        tried[_theta_of(other, case.op.layer)] = 0
     fitted = _fitted_theta(rotation)
     if fitted is not None:
         tried.setdefault(rounded(fitted), 1)
@@ -232,6 +253,13 @@ def theta(case: Case) -> Iterator[Candidate]:
         )
 
 
+def _theta_of(artifact: Artifact, layer: int) -> float:
+    """The base of a layer's frequencies."""
+    config = artifact.config
+    local = config.local_rope_theta if turns_locally(config, layer) else None
+    return float(config.rope_theta if local is None else local)
+
+
 def _other_side(case: Case) -> Artifact | None:
     return case.context.reference if case.is_engine else case.context.own
 
@@ -240,9 +268,12 @@ def _with_theta(case: Case, rotation: Rotation, value: float) -> F32:
     """Frequencies with another base; stored factors stay."""
     config = rotation.config
     bare = dataclasses.replace(config, rope_scaling=None)
-    stored = ROPE_FREQS in case.artifact.tensors
+    # Divisors of each pair do not hang on the base.
+    divided = (
+        ROPE_FREQS in case.artifact.tensors or (config.rope_scaling or {}).get("rope_type") == "longrope"
+    )
     try:
-        if not stored:
+        if not divided:
             return rope_frequencies(dataclasses.replace(config, rope_theta=value))
     except InputError:
         pass
@@ -280,12 +311,14 @@ def factors(case: Case) -> Iterator[Candidate]:
         tries.append(("the scaling of the rotary frequencies is left out", plain, 1.0, 0))
         if rotation.scale != 1.0:
             scaled = rotation.frequencies
-            tries.append(("YaRN's attention factor is left out", scaled, 1.0, 0))
-            tries.append(("YaRN's attention factor is applied twice", scaled, rotation.scale**2, 0))
+            longrope = (rotation.config.rope_scaling or {}).get("rope_type") == "longrope"
+            whose = "LongRoPE's" if longrope else "YaRN's"
+            tries.append((f"{whose} attention factor is left out", scaled, 1.0, 0))
+            tries.append((f"{whose} attention factor is applied twice", scaled, rotation.scale**2, 0))
     other = _other_side(case)
-    if other is not None and other.config.rope_theta == case.config.rope_theta:
+    if other is not None and _theta_of(other, case.op.layer) == rotation.config.rope_theta:
         theirs = frequencies_of(other, case.op.layer)
-        if not np.array_equal(theirs, rotation.frequencies):
+        if theirs.shape == rotation.frequencies.shape and not np.array_equal(theirs, rotation.frequencies):
             what = "the rotary frequencies are scaled as in the other artifact"
             scale = rope_scale(other.config, local=turns_locally(other.config, case.op.layer))
             tries.append((what, theirs, scale, 0))
@@ -295,7 +328,7 @@ def factors(case: Case) -> Iterator[Candidate]:
     for factor, low, high, length in _LLAMA3:
         divisors = llama3_factors(
             rotation.config.rope_theta,
-            case.config.head_dim,
+            2 * rotation.half,
             factor=factor,
             low=low,
             high=high,
@@ -443,7 +476,8 @@ def head_norm(case: Case) -> Iterator[Candidate]:
         return
     site, dim = case.op.tap[0], case.config.head_dim
     back = rotation.pairs(case.target) * np.exp(-1j * rotation.angles)[:, None, :]
-    target = np.concatenate([back.real, back.imag], axis=2).reshape(-1, dim) / rotation.scale
+    turned = np.concatenate([back.real, back.imag], axis=2) / rotation.scale
+    target = np.concatenate([turned, rotation.rest(case.target)], axis=2).reshape(-1, dim)
     found = norms.Norm(
         case,
         f"model.layers.{case.op.layer}.self_attn.{site}_norm.weight",
@@ -471,6 +505,7 @@ def dropped_bias(case: Case) -> Iterator[Candidate]:
 
 HYPOTHESES = (
     pairing,
+    share,
     other_turns,
     factors,
     theta,
