@@ -42,6 +42,7 @@ class Rotation:
         frequencies: expected, radians a position, ``float32[head_dim / 2]``.
         scale: expected factor of cosine and sine.
         config: hyperparameters, with the theta and the scaling of the op's layer.
+        long: whether they are LongRoPE's frequencies for long sequences.
     """
 
     case: Case
@@ -49,6 +50,7 @@ class Rotation:
     frequencies: F32
     scale: float
     config: ModelConfig
+    long: bool = False
 
     @classmethod
     def of(cls, case: Case) -> Rotation | None:
@@ -80,8 +82,9 @@ class Rotation:
             return None
         local = turns_locally(case.config, layer)
         scale = rope_scale(case.config, local=local)
-        found = frequencies_of(case.artifact, layer, long=long.pop())
-        return cls(case, x, found, scale, _config(case))
+        is_of_long = long.pop()
+        found = frequencies_of(case.artifact, layer, long=is_of_long)
+        return cls(case, x, found, scale, _config(case), is_of_long)
 
     @property
     def half(self) -> int:
@@ -315,6 +318,11 @@ def factors(case: Case) -> Iterator[Candidate]:
             whose = "LongRoPE's" if longrope else "YaRN's"
             tries.append((f"{whose} attention factor is left out", scaled, 1.0, 0))
             tries.append((f"{whose} attention factor is applied twice", scaled, rotation.scale**2, 0))
+    if (rotation.config.rope_scaling or {}).get("rope_type") == "longrope":
+        theirs = frequencies_of(case.artifact, case.op.layer, long=not rotation.long)
+        taken, right = ("short", "long") if rotation.long else ("long", "short")
+        what = f"LongRoPE's factors for {taken} texts are taken for a {right} one"
+        tries.append((what, theirs, rotation.scale, 0))
     other = _other_side(case)
     if other is not None and _theta_of(other, case.op.layer) == rotation.config.rope_theta:
         theirs = frequencies_of(other, case.op.layer)
