@@ -128,6 +128,7 @@ def test_a_model_is_described(models: dict[str, Path]) -> None:
     assert "llama" in driftscope("inspect", models["q8_0"])[1]
 
 
+_SWEEP = ("--teacher", "a", "--candidate", "b", "--out", "c", "--blocks", "d")
 _DIVERGENCE = ("--teacher", "t", "--part", "0/1", "--out", "c")
 
 
@@ -140,34 +141,8 @@ _DIVERGENCE = ("--teacher", "t", "--part", "0/1", "--out", "c")
         ("lock", "none.yaml"),
         ("run", "--config", "none.yaml"),
         ("contracts", "validate", "none"),
-        (
-            "stage",
-            "sweep",
-            "--teacher",
-            "a",
-            "--candidate",
-            "b",
-            "--part",
-            "4/4",
-            "--out",
-            "c",
-            "--blocks",
-            "d",
-        ),
-        (
-            "stage",
-            "sweep",
-            "--teacher",
-            "a",
-            "--candidate",
-            "b",
-            "--part",
-            "x",
-            "--out",
-            "c",
-            "--blocks",
-            "d",
-        ),
+        ("stage", "sweep", *_SWEEP, "--part", "4/4"),
+        ("stage", "sweep", *_SWEEP, "--part", "x"),
         ("stage", "divergence", *_DIVERGENCE, "--trace", "no-label", "--pair", "a|b"),
         ("stage", "divergence", *_DIVERGENCE, "--trace", "a=b", "--pair", "ab"),
     ],
