@@ -25,7 +25,7 @@ class Fault:
     absent: str = ""
 
 
-_OPPOSITE = "no architecture here has one; an engine that applies one is injected instead"
+_OPPOSITE = "the models of the benchmark have none; an engine that applies one is injected instead"
 
 FAULTS: Mapping[str, Fault] = {
     fault.id: fault
