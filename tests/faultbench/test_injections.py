@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
+from driftscope.faultbench import architectures
 from driftscope.faultbench.catalogue import INJECTIONS, TINY_SUBJECTS, injection, why_not
 from driftscope.faultbench.edited import values_of
 from driftscope.faultbench.run import Runner, Unit
@@ -60,6 +61,8 @@ def plans() -> list[tuple[str, Subject, str]]:
             subjects, wanted = [SQUARE], "rows"
         if item.fault in _NEEDS_MODEL:
             subjects = [Subject(_NEEDS_MODEL[item.fault])]
+        if item in architectures.INJECTIONS:
+            subjects, wanted = [Subject(item.models[0])], "short"
         if item.name != "head-of-its-own":
             found.append((item.id, subjects[0], wanted))
     return found
