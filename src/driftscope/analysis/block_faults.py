@@ -23,6 +23,10 @@ _CLIPPED = 0.9
 # A bit explains a block if the energy that is left without it is at most this part of what it was.
 _EXPLAINED = 0.5
 
+# ... and if what is left may be rounding at all: in a tensor of other values, some bit halves an error by
+# chance.
+_LARGEST_LEFT = 64.0
+
 _EXPONENTS = {
     "F16": (10, 15),
     "BF16": (7, 15),
@@ -114,7 +118,7 @@ def _flipped_bit(block: Block, bounds: Bounds, evidence: dict[str, Any]) -> Expl
     before = _errors(block, values[:1], block.stored[None])
     # Of the cells that the bit changes alone: others keep their errors.
     changed = left != before
-    inside = (energy.max(axis=1) < bounds.energy) & (peak.max(axis=1) < bounds.peak)
+    inside = (energy.max(axis=1) < min(bounds.energy, _LARGEST_LEFT)) & (peak.max(axis=1) < bounds.peak)
     with np.errstate(invalid="ignore"):
         explained = _over(left, changed) <= _EXPLAINED * _over(np.broadcast_to(before, left.shape), changed)
     if by_exponent(format_of(block.dtype)):

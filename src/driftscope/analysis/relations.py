@@ -6,9 +6,10 @@ Relations are looked for in this order, and the first that holds is the tensor's
   constant added, a fused tensor split, a tied head), it is ``equal-under:<transform>``, as expected.
 - ``downcast``: b is, bit for bit, a rounded to b's float format. It comes before ``quantized-from`` because
   it says more: each bit of b follows from a, where a band only bounds the mean error.
-- ``quantized-from``: the measured NMSE over the one that b's format predicts for its step sizes lies in the
-  band, and the values of a lie in the cells of b's quants (`driftscope.analysis.outside_cells`): so little
-  may lie outside that b was rounded from these values, and not from values like these.
+- ``quantized-from``: the measured NMSE over the one that b's format predicts for its step sizes (and a's for
+  its own, where a is quantized or rounded more coarsely) lies in the band, and the values of a lie in the
+  cells of b's quants (`driftscope.analysis.outside_cells`): so little may lie outside that b was rounded from
+  these values, and not from values like these.
 - ``equal-under:<transform>``, ``downcast-under:`` and ``quantized-from-under:``: one of the above once a
   transform that nobody declared is undone, see `driftscope.analysis.transform_search`.
 - ``different``; ``non-finite`` where a value of either side is NaN or infinite.
@@ -41,6 +42,12 @@ _FITTED_LAST = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 """Formats whose scale is fitted after the quants where an importance matrix is given: 0.022 was seen."""
 
 
+_CODEBOOKS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+_WIDER_BY_WEIGHT = 2.0
+"""How much farther the band of codebook formats reaches: they are made with an importance matrix, on which
+their error depends. Up to 2.9 times the usual was seen."""
+
+
 @dataclass(frozen=True)
 class Band:
     """Measured NMSE over expected NMSE that counts as the error of the format, both ends included."""
@@ -52,11 +59,12 @@ class Band:
         if not 0 <= self.low < self.high < math.inf:
             raise InputError(f"sweep band {self.low} to {self.high}: expected 0 <= low < high")
 
-    def holds(self, measured: float | None, expected: float | None) -> bool:
-        """Whether a measured NMSE is that of the format."""
+    def holds(self, measured: float | None, expected: float | None, *dtypes: str) -> bool:
+        """Whether a measured NMSE is that of the formats of the two tensors."""
         if measured is None or not expected:
             return False
-        return self.low <= measured / expected <= self.high
+        wider = _WIDER_BY_WEIGHT if any(dtype in _CODEBOOKS for dtype in dtypes) else 1.0
+        return self.low <= measured / expected <= self.high * wider
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,7 @@ def relation_of(row: Row, band: Band) -> Relation:
         return of("downcast", rounded=f"{row['dtype_a']} to {row['dtype_b']}, half to even")
     if expected is None and row["dtype_b"] not in _EXACT:
         return of("different", reason=f"nothing is known of the error that {row['dtype_b']} leaves")
-    if not band.holds(measured, expected):
+    if not band.holds(measured, expected, row["dtype_a"], row["dtype_b"]):
         return of("different")
     outside = row["outside_count"] / row["cell_count"] if row["cell_count"] else 0.0
     if outside > (_OUTSIDE_BY_WEIGHT if row["dtype_b"] in _FITTED_LAST else _OUTSIDE):

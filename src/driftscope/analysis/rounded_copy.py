@@ -12,6 +12,18 @@ from driftscope.kernels.formats import format_of
 
 _U32 = np.uint32
 
+_SIGNIFICAND = {
+    "F64": 53,
+    "F32": 24,
+    "F16": 11,
+    "BF16": 8,
+    "F8_E4M3": 4,
+    "F8_E4M3FNUZ": 4,
+    "F8_E5M2": 3,
+    "F8_E5M2FNUZ": 3,
+}
+"""Bits of a significand, the leading one included; formats of blocks have none."""
+
 
 def is_rounded_copy(a: TensorRef, b: TensorRef) -> bool:
     """Whether b stores, bit for bit, the value of its float format that is nearest to a's, ties to even.
@@ -28,6 +40,16 @@ def is_float(dtype: str) -> bool:
     """Whether each value has a significand and an exponent of its own."""
     layout = format_of(dtype)
     return layout.native and not layout.is_integer and layout.block_size == 1
+
+
+def is_coarser(a: str, b: str) -> bool:
+    """Whether values of format a are off by steps of their own that values of format b need not have.
+
+    Subnormal F16 values are: BF16 keeps more of them.
+    """
+    if a == b:
+        return False
+    return _SIGNIFICAND.get(a, 0) < _SIGNIFICAND.get(b, 1) or (a, b) == ("F16", "BF16")
 
 
 def round_values(values: F32, dtype: str) -> F32:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from driftscope.analysis.outside_cells import outside_cells
 from driftscope.analysis.pairs import undone
-from driftscope.analysis.rounded_copy import is_float, is_rounded_copy
+from driftscope.analysis.rounded_copy import is_coarser, is_float, is_rounded_copy
 from driftscope.analysis.tensor_rows import slabs
 from driftscope.analysis.usual_error import usual_nmse
 from driftscope.artifacts.tensor import TensorRef
@@ -78,7 +78,10 @@ def compare_tensor(
     any_compared = found.compared_count > 0
     r, c = divmod(found.max_index, a.shape[-1])
     non_finite = found.element_count - found.compared_count
-    outside, in_sample = (0, 0) if found.bit_identical else outside_cells(a, b)
+    coarse = is_coarser(a.stored_dtype, b.stored_dtype) and not found.bit_identical
+    # Cells say nothing about values that are off by steps of their own.
+    of_a_block = coarse and not is_float(a.dtype)
+    outside, in_sample = (0, 0) if found.bit_identical or of_a_block else outside_cells(a, b)
     bit_identical = found.bit_identical and _equal_beyond_f32(a, b)
     return {
         **row,
@@ -108,11 +111,30 @@ def compare_tensor(
         "bit_identical": bit_identical,
         "same_bytes": bit_identical and _same_bytes(a, b),
         "rounded_copy": not bit_identical and _is_rounded(a, b, found),
-        "expected_nmse": usual_nmse(b) if found.expected_nmse is None else found.expected_nmse,
+        "expected_nmse": _sum(_expected(b, found), _expected_of_a(a, b, found, kernels) if coarse else None),
         "outside_count": outside,
         "cell_count": in_sample,
         "status": published_status(found.max_diff, found.compared_count, non_finite),
     }
+
+
+def _expected(b: TensorRef, found: TensorComparison) -> float | None:
+    return usual_nmse(b) if found.expected_nmse is None else found.expected_nmse
+
+
+def _expected_of_a(
+    a: TensorRef, b: TensorRef, found: TensorComparison, kernels: Kernels | None
+) -> float | None:
+    """What a's own format leaves, where a is the rounder of the two; in parts of the energy of a."""
+    if a.value_offset != b.value_offset or found.sum_aa <= 0:
+        return None
+    back = _compare(b, a, getattr(kernels, "unwatched", kernels) or kernels_on("cpu"))
+    energy = back.expected_energy
+    return usual_nmse(a) if energy is None else energy / found.sum_aa
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return one if other is None else other if one is None else one + other
 
 
 def published_status(max_diff: float, compared_count: int, non_finite_count: int) -> str:

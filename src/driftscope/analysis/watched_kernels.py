@@ -27,6 +27,11 @@ class WatchedKernels:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernels, name)
 
+    @property
+    def unwatched(self) -> Kernels:
+        """The kernels of the device."""
+        return self._kernels
+
     def compare(
         self, a_raw: Any, a_dtype: str, b_raw: Any, b_dtype: str, *, rows_a: Any = None, rows_b: Any = None
     ) -> TensorComparison:
@@ -48,15 +53,19 @@ class WatchedKernels:
         """What blocks and rows of the tensor that was compared are off; None where none was looked into.
 
         That is a tensor that was compared in parts, because a container adds a constant to it; one that was
-        decoded to floats on the way, which has no bytes whose bits could be off; and one in a format whose
-        steps are not known.
+        decoded to floats on the way, which has no bytes whose bits could be off; one in a format whose
+        steps are not known; and one compared with values that are rounded more coarsely than its own.
         """
         from driftscope.analysis.block_findings import findings
+        from driftscope.analysis.rounded_copy import is_coarser
         from driftscope.kernels.compare_cells import has_steps
         from driftscope.kernels.formats import format_of
 
         decoded = b.stored_dtype != b.dtype and b.dtype in ("F32", "F64")
-        if len(self._errors) != 1 or decoded or not has_steps(format_of(b.dtype)):
+        # Nearly all values of BF16 are values of F16.
+        formats = (a.stored_dtype, b.stored_dtype)
+        coarser = is_coarser(*formats) and formats != ("BF16", "F16")
+        if coarser or decoded or len(self._errors) != 1 or not has_steps(format_of(b.dtype)):
             return None
         return findings(a, b, self._errors[0], tensor=tensor)
 
