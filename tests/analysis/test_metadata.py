@@ -57,6 +57,17 @@ def test_a_hyperparameter_says_what_it_changes(
     assert {name: item[2:] for name, item in found(other).items()} == {key: (kind, matters)}
 
 
+def test_llama_and_mistral_are_one_pass_but_for_a_window_that_is_shorter_than_the_context() -> None:
+    a, b = told(), told()
+    a = replace(a, config=replace(a.config, architecture="mistral", sliding_window=a.config.context_length))
+    assert {name: item[2] for name, item in found(b, a).items()} == {
+        "architecture": "nothing",
+        "sliding_window": "nothing",
+    }
+    a = replace(a, config=replace(a.config, sliding_window=a.config.context_length - 1))
+    assert found(b, a)["sliding_window"][2] == "forward-pass"
+
+
 def test_tokens_are_compared_by_content_and_not_repeated() -> None:
     swapped = [*TOKENS[:40], "other", *TOKENS[41:]]
     assert found(told(**{"ggml.tokens": swapped})) == {

@@ -7,6 +7,7 @@ from typing import Any
 from driftscope.analysis.metadata import metadata_differences
 from driftscope.analysis.pairs import pairs
 from driftscope.artifacts.model import Artifact
+from driftscope.artifacts.names import COMPUTED
 
 
 def inventory(a: Artifact, b: Artifact) -> dict[str, Any]:
@@ -20,10 +21,11 @@ def inventory(a: Artifact, b: Artifact) -> dict[str, Any]:
     """
     found = pairs(a, b)
     paired = {pair.tensor for pair in found}
-    missing = [name for name in a.tensors if name not in paired]
+    missing = [name for name in a.tensors if name not in paired and name not in COMPUTED]
     return {
         "missing": missing,
-        "extra": [name for name in b.tensors if name not in paired],
+        # Frequencies of RoPE are hyperparameters, which another container keeps in its configuration.
+        "extra": [name for name in b.tensors if name not in paired and name not in COMPUTED],
         "unmapped_a": sorted(a.unmapped),
         "unmapped_b": sorted(b.unmapped),
         "metadata_differences": metadata_differences(a, b),

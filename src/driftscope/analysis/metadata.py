@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _CHANGES = {"context_length": "limit", "vocab_size": "tokens", "tie_word_embeddings": "storage"}
 """What a hyperparameter changes where that is not the forward pass."""
 
+_ONE_PASS = {"llama", "mistral"}
+"""Two names of one forward pass, but for a window that is said apart; in GGUF both are llama."""
+
 _MATTERS = ("forward-pass", "tokens", "prompt")
 
 # What converters call the ids behind the last token of a vocabulary that was padded.
@@ -42,10 +45,23 @@ def metadata_differences(a: Artifact, b: Artifact) -> list[dict[str, Any]]:
 def _hyperparameters(a: ModelConfig, b: ModelConfig) -> list[dict[str, Any]]:
     found = []
     for field in fields(ModelConfig):
+        if field.name == "sliding_layers" and None in (a.sliding_window, b.sliding_window):
+            continue
         left, right = _plain(getattr(a, field.name)), _plain(getattr(b, field.name))
         if _as_stored(left) != _as_stored(right):
-            found.append(difference(field.name, left, right, _CHANGES.get(field.name, "forward-pass")))
+            found.append(difference(field.name, left, right, _changes(field.name, a, b)))
     return found
+
+
+def _changes(key: str, a: ModelConfig, b: ModelConfig) -> str:
+    if key == "architecture" and {a.architecture, b.architecture} == _ONE_PASS:
+        return "nothing"
+    if key == "sliding_window":
+        # A window that is no shorter than the context is none.
+        reaches = [c.sliding_window is None or c.sliding_window >= c.context_length for c in (a, b)]
+        if all(reaches):
+            return "nothing"
+    return _CHANGES.get(key, "forward-pass")
 
 
 def _tokenizers(a: TokenizerFacts, b: TokenizerFacts) -> list[dict[str, Any]]:

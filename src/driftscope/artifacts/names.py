@@ -29,7 +29,7 @@ ROPE_SHORT = "rope_factors_short.weight"
 
 _BEFORE_LAYERS = {"model.embed_tokens.weight": "token_embd.weight"}
 _AFTER_LAYERS = {"model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
-_COMPUTED = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
+COMPUTED = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 _ATTENTION = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
@@ -108,7 +108,7 @@ _BACK = {
     for architecture, table in _IN_LAYER.items()
 }
 _RANK_IN_LAYER = {name: rank for rank, name in enumerate(_PRE_AND_POST_NORMS)}
-_RANK_AFTER = {name: rank for rank, name in enumerate((*_AFTER_LAYERS, *_COMPUTED))}
+_RANK_AFTER = {name: rank for rank, name in enumerate((*_AFTER_LAYERS, *COMPUTED))}
 
 # No leading zeros, so that every tensor has one name; ASCII digits only, and few enough for any model.
 _NUMBER = r"(0|[1-9][0-9]{0,5})"
@@ -118,7 +118,7 @@ _GGUF_LAYER = re.compile(rf"blk\.{_NUMBER}\.(.+)", re.DOTALL)
 
 def is_canonical(name: str) -> bool:
     """Whether a name is one that a model of some architecture here can have."""
-    if name in _OUTSIDE or name in _COMPUTED:
+    if name in _OUTSIDE or name in COMPUTED:
         return True
     match = _HF_LAYER.fullmatch(name)
     return match is not None and match[2] in _RANK_IN_LAYER

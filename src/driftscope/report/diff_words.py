@@ -79,11 +79,19 @@ def sentence(document: Mapping[str, Any]) -> str:
     if bad:
         return _unexpected(bad, len(document["tensors"]))
     said = _expected(document["tensors"])
+    if any(row["kind"] == "quantized-from" and _is_allowed_for(row) for row in document["tensors"]):
+        said += " A is rounded itself; its own error is allowed for."
     changed = [item for item in listed["metadata_differences"] if item["changes"] == "forward-pass"]
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         return f"Another forward pass: {metadata_words(changed[0])}{others}. {said}"
     return said
+
+
+def _is_allowed_for(row: Mapping[str, Any]) -> bool:
+    from driftscope.analysis.rounded_copy import is_coarser
+
+    return row["judged_by"] == "relation" and is_coarser(row["dtype_a"], row["dtype_b"])
 
 
 def _unexpected(bad: Sequence[Mapping[str, Any]], n: int) -> str:
@@ -147,9 +155,14 @@ def share_words(document: Mapping[str, Any]) -> str:
 
 def metadata_words(item: Mapping[str, Any]) -> str:
     """One unlike hyperparameter."""
+    if item["key"] == "sliding_layers":
+        a, b = ("every layer" if item[side] is None else _value(item[side]) for side in "ab")
+        return f"sliding_layers {a} → {b}"
     return f"{item['key']} {_value(item['a'])} → {_value(item['b'])}"
 
 
 def _value(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else "yes" if value else "no"
     text = number(value) if isinstance(value, float) and abs(value) < 1e-3 else str(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
