@@ -300,3 +300,11 @@ def test_one_flipped_bit_is_found_in_a_tensor_whose_error_is_that_of_its_format(
     assert done.stdout.splitlines()[-1] == "✗ L1 mlp.gate_proj holds a flipped bit."
     assert re.search(r"blocks +L1 mlp\.gate_proj, row 12, columns 128 to 159: bit 2 of byte 1", done.stdout)
     assert run(models["model"], flipped, "--threshold", ".* nmse<1").returncode == 1
+
+
+def test_a_json_file_that_is_no_manifest_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "llama"}')
+    ran = run(file, file)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "is no manifest of a model" in ran.stderr

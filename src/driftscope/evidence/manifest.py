@@ -61,6 +61,8 @@ def open_model(manifest: Path) -> tuple[Artifact, str]:
     from driftscope.artifacts.open import open_artifact
 
     document = read_json(manifest)
+    if not _is_manifest(document):
+        raise InputError(f"{manifest}: is no manifest of a model; for the model of a folder, name the folder")
     for file in document["files"]:
         path = manifest.parent / file["path"]
         size = path.stat().st_size if path.is_file() else None
@@ -75,6 +77,21 @@ def open_model(manifest: Path) -> tuple[Artifact, str]:
         artifact = open_artifact(manifest.parent / document["path"], verified=True)
     check_complete(artifact)
     return artifact, model_digest(document)
+
+
+def _is_manifest(document: dict[str, Any]) -> bool:
+    files = document.get("files")
+    return (
+        isinstance(document.get("path"), str)
+        and isinstance(files, list)
+        and all(
+            isinstance(file, dict)
+            and isinstance(file.get("path"), str)
+            and isinstance(file.get("bytes"), int)
+            and isinstance(file.get("sha256"), str)
+            for file in files
+        )
+    )
 
 
 def model_digest(document: dict[str, Any]) -> str:
