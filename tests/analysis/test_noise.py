@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.analysis.tiny_configs import llama
 from tests.forward.models import write_model
 
 from driftscope.analysis.noise import ROUND, Noise, Spread, energy_of, side_by_side
+from driftscope.analysis.random_models import write_random_model
+from driftscope.analysis.replay import Replayer
+from driftscope.artifacts.complete import expected_shapes
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.open import open_artifact
+from driftscope.engines.own import record
 from driftscope.forward.arithmetic import Arithmetic, round_to
 from driftscope.forward.batch import TokenBatch
 from driftscope.forward.evaluate import DeclaredOps
 from driftscope.forward.exact import ExactOps
+from driftscope.forward.model import ForwardPass
 from driftscope.forward.ops import Ops
 
 BATCH = TokenBatch.of([list(range(40)), list(range(100, 124))])
@@ -209,3 +216,32 @@ def test_what_is_not_finite_has_no_energy() -> None:
     values = np.array([[1.0, np.nan], [np.inf, 2.0]])
     found = energy_of(values, TokenBatch.of([[1, 2]]))
     assert found.per_token.tolist() == [1.0, 4.0]
+
+
+def test_the_turn_mixes_what_storing_a_head_norm_leaves(tmp_path: Path) -> None:
+    """Weights of one half of a head are exact in BF16, and the other half's error lies in both."""
+    config = llama(
+        architecture="gemma3_text", num_layers=1, qk_norm=True, post_norms=True, norm_offset=1.0, head_dim=32
+    )
+    random = np.random.Generator(np.random.Philox(3))
+    weights = {}
+    for name, shape in expected_shapes(config).items():
+        values = random.standard_normal(shape, dtype=np.float32)
+        weights[name] = values / np.float32(shape[-1] ** 0.5) if len(shape) == 2 else np.float32(0.2) * values
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weights[name][:16] = np.float32(2.0**-12)
+    teacher = write_random_model(tmp_path / "teacher.bin", config, weights)
+    own = write_random_model(tmp_path / "own.bin", config, weights, "BF16")
+    prompt = ("p", [int(token) for token in random.integers(0, config.vocab_size, size=40)])
+    forward = ForwardPass({"model": own}, Arithmetic.of().policy)
+    trace = record(forward, [prompt], tmp_path / "trace", declared=Arithmetic.of())
+    replayer = Replayer(trace, own, reference=teacher, components=("model",))
+
+    for tap in ("q_post_rope", "k_post_rope"):
+        op = replayer.op(0, tap)
+        assert op.exact is not None
+        assert op.reference is not None
+        measured = np.sum(np.square(op.exact - op.reference), axis=0)
+        predicted = op.predicted["model"].per_channel
+        assert measured.min() > 0
+        assert (measured < 10 * predicted).all(), (measured / predicted).max()

@@ -451,7 +451,10 @@ class Noise:
             if self._config.qk_norm:
                 engine = engine + 4 * self._roundoff * energy
             name = norm_tensor(self._config, layer, tap)
-            model = engine + self._of_vector(name, energy, self._config.qk_norm)
+            stored = self._of_vector(name, energy, self._config.qk_norm)
+            # Weights that an offset is added to lie about zero: what storing them leaves differs by decades
+            # from channel to channel, and the turn mixes it.
+            model = engine + (self._of_pairs(stored) if self._config.norm_offset else stored)
         elif tap in _NORMS:
             model = engine + self._of_vector(norm_tensor(self._config, layer, tap), energy)
         elif tap == "ffn_silu" and self._config.activation == "gelu_tanh":
