@@ -66,7 +66,9 @@ def sentence(document: Mapping[str, Any]) -> str:
     bad = [row for row in document["tensors"] if not row["holds"]]
     expected = summary["coverage"]["expected"]
     if summary["conclusion"] == "failure":
-        return "Nothing was compared."
+        if not document["b"]["tensors"]:
+            return "Nothing was compared: B holds no tensor of the model, only metadata or names that are not known."
+        return "Nothing was compared: no tensor of A has one of the same name and shape in B."
     if summary["conclusion"] == "different-weights":
         statement = summary["statement"] or "Other weights: the two are different trainings"
         return f"{statement.rstrip('.')}."
