@@ -67,7 +67,7 @@ def sentence(document: Mapping[str, Any]) -> str:
     expected = summary["coverage"]["expected"]
     if summary["conclusion"] == "failure":
         if not document["b"]["tensors"]:
-            return "Nothing was compared: B holds no tensor of the model, only metadata or names that are not known."
+            return "Nothing was compared: B holds no tensor whose name is known, or only metadata."
         return "Nothing was compared: no tensor of A has one of the same name and shape in B."
     if summary["conclusion"] == "different-weights":
         statement = summary["statement"] or "Other weights: the two are different trainings"
