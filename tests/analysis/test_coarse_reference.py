@@ -84,6 +84,32 @@ def test_a_small_value_of_another_tensor_is_no_flipped_bit() -> None:
     assert [item["kind"] for item in watched.findings(a, b, "x") if item["kind"] == "flipped-bit"] == []
 
 
+class _OtherDevice:
+    """The kernels of a device that is not the CPU."""
+
+    def __init__(self) -> None:
+        self.compared = 0
+
+    def compare(self, *arguments: object, **options: object) -> object:
+        self.compared += 1
+        return kernels_on("cpu").compare(*arguments, **options)  # type: ignore[arg-type]
+
+
+def test_beside_another_device_blocks_are_looked_into_as_well() -> None:
+    a, b = _tensor(VALUES, "F32"), _tensor(VALUES, "Q8_0")
+    raw = b.raw().copy()
+    raw[3, 1] ^= 0x40
+    device = _OtherDevice()
+    found = []
+    for kernels in (kernels_on("cpu"), device):
+        watched = WatchedKernels(kernels)  # type: ignore[arg-type]
+        watched.compare(a.raw(), a.dtype, raw, b.dtype)
+        found.append(watched._errors[0])
+    assert device.compared == 1
+    assert np.array_equal(found[0].energy, found[1].energy)
+    assert found[0].energy.any()
+
+
 def test_which_of_two_is_coarser() -> None:
     assert is_coarser("Q4_K", "F32")
     assert is_coarser("Q8_0", "Q4_K")

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class WatchedKernels:
-    """The kernels of a device; on the CPU a comparison of whole tensors keeps its errors by block.
+    """The kernels of a device, whose comparison of whole tensors keeps its errors by block.
 
-    Only `compare` is watched, all else is that of the device.
+    Only `compare` is watched, all else is that of the device. Errors by block come from the CPU: there in the
+    pass of the comparison itself, beside any other device in a pass of their own.
     """
 
     def __init__(self, kernels: Kernels) -> None:
@@ -36,18 +37,19 @@ class WatchedKernels:
         self, a_raw: Any, a_dtype: str, b_raw: Any, b_dtype: str, *, rows_a: Any = None, rows_b: Any = None
     ) -> TensorComparison:
         """See `driftscope.kernels.compare.compare`: the same figures."""
-        if not isinstance(self._kernels, CpuKernels):
-            return self._kernels.compare(a_raw, a_dtype, b_raw, b_dtype, rows_a=rows_a, rows_b=rows_b)
         from driftscope.kernels.block_errors import compare_blocks
 
+        host = self._kernels if isinstance(self._kernels, CpuKernels) else None
         compared, errors = compare_blocks(
             *(a_raw, a_dtype, b_raw, b_dtype),
             rows_a=rows_a,
             rows_b=rows_b,
-            threads=self._kernels.threads,
+            threads=host.threads if host else 1,
         )
         self._errors.append(errors)
-        return compared
+        if host:
+            return compared
+        return self._kernels.compare(a_raw, a_dtype, b_raw, b_dtype, rows_a=rows_a, rows_b=rows_b)
 
     def blocks(self, a: TensorRef, b: TensorRef, tensor: str) -> BlockFindings | None:
         """What blocks and rows of the tensor that was compared are off; None where none was looked into.
