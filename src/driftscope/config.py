@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from driftscope.analysis.default_band import DEFAULT_BAND
+from driftscope.analysis.weights.default_band import DEFAULT_BAND
 from driftscope.errors import InputError
 
 PATHS = ("teacher.f32", "candidate.f32", "candidate.int8-dot")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.analysis.sweep import Band, compare_tensor, inventory, pairs, relate, summarise
+from driftscope.analysis.weights.sweep import Band, compare_tensor, inventory, pairs, relate, summarise
 from driftscope.artifacts.complete import expected_shapes
 from driftscope.artifacts.derive.quantize import quantize
 from driftscope.artifacts.model import Artifact, ModelConfig

@@ -250,7 +250,7 @@ class TestEnding:
     def test_an_interrupt(self, models: dict[str, Path]) -> None:
         # Reading a pipe that nobody writes to takes as long as one likes: the interrupt comes in between.
         code = (
-            "import sys, time; from driftscope.analysis import pair_diff; "
+            "import sys, time; from driftscope.analysis.weights import pair_diff; "
             "pair_diff.diff_models = lambda *a, **k: (print('ready', flush=True), time.sleep(60)); "
             f"sys.argv = ['driftscope', 'diff', {str(models['model'])!r}, {str(models['copy'])!r}]; "
             "from driftscope.cli import main; main()"

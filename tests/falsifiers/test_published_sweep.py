@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.falsifiers.registered import NOWHERE, measured, verdict
 
-from driftscope.analysis import pair_diff
+from driftscope.analysis.weights import pair_diff
 from driftscope.errors import InputError
 from driftscope.falsifiers import sweep_cosine, sweep_faults, sweep_origin
 from driftscope.falsifiers.published_sweep import (

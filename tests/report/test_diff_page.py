@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from tests.workflow.case import tiny_model_tensors, write_model
 
-from driftscope.analysis.pair_diff import diff_models
-from driftscope.analysis.relations import Band
+from driftscope.analysis.weights.pair_diff import diff_models
+from driftscope.analysis.weights.relations import Band
 from driftscope.artifacts.open import open_artifact
 from driftscope.report.diff_page import STEPS, heat_map, legend, level_of, render_diff
 from driftscope.report.diff_words import relation_words, sentence, short_name

@@ -7,9 +7,9 @@ import json
 import pytest
 from tests.analysis.planted import BAND, DOWN, NORM, UP, K, copied, random_model, values
 
-from driftscope.analysis.alternatives import interleaved
-from driftscope.analysis.sweep import compare_tensor, inventory, pairs, relate, summarise
-from driftscope.analysis.transform_search import TransformSearch
+from driftscope.analysis.weights.alternatives import interleaved
+from driftscope.analysis.weights.sweep import compare_tensor, inventory, pairs, relate, summarise
+from driftscope.analysis.weights.transform_search import TransformSearch
 from driftscope.kernels.device import kernels_on
 
 MODEL = random_model()

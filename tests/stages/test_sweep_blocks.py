@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tests.workflow.case import tiny_model_tensors, write_model
 
-from driftscope.analysis.corrupt_blocks import corrupt_tensors, findings_in
-from driftscope.analysis.pair_diff import diff_models
-from driftscope.analysis.relations import Band
+from driftscope.analysis.weights.corrupt_blocks import corrupt_tensors, findings_in
+from driftscope.analysis.weights.pair_diff import diff_models
+from driftscope.analysis.weights.relations import Band
 from driftscope.artifacts.derive.candidate import write_candidate
 from driftscope.artifacts.derive.teacher import write_teacher
 from driftscope.artifacts.open import open_artifact

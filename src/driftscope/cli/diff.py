@@ -40,10 +40,10 @@ def diff(
     tied heads) are undone before values are compared. Exit 0: the same weights, up to their formats; 1: not
     so, or a threshold is broken; 2: bad input.
     """
-    from driftscope.analysis.default_band import DEFAULT_BAND
-    from driftscope.analysis.pair_diff import diff_models
-    from driftscope.analysis.relations import Band
-    from driftscope.analysis.thresholds import Threshold, compiled
+    from driftscope.analysis.weights.default_band import DEFAULT_BAND
+    from driftscope.analysis.weights.pair_diff import diff_models
+    from driftscope.analysis.weights.relations import Band
+    from driftscope.analysis.weights.thresholds import Threshold, compiled
     from driftscope.kernels.device import choose_device, kernels_on
     from driftscope.report.diff_words import sentence
 

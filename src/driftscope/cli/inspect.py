@@ -21,9 +21,9 @@ def inspect(
     Only headers are read, no values. With one model the exit code is 0, odd or not. With two it is 0 where
     hyperparameters, tokens, special tokens and chat template agree, else 1; labels do not count.
     """
-    from driftscope.analysis.metadata_pair import compare_metadata
-    from driftscope.analysis.model_facts import tokenizer_facts
-    from driftscope.analysis.model_overview import overview
+    from driftscope.analysis.metadata.facts import tokenizer_facts
+    from driftscope.analysis.metadata.overview import overview
+    from driftscope.analysis.metadata.pair import compare_metadata
     from driftscope.cli.show_inspect import print_comparison, print_overview
 
     with interruptible():

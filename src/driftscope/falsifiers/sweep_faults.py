@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driftscope.analysis.pair_diff import diff_models
-from driftscope.analysis.relations import Band
-from driftscope.analysis.thresholds import Threshold
+from driftscope.analysis.weights.pair_diff import diff_models
+from driftscope.analysis.weights.relations import Band
+from driftscope.analysis.weights.thresholds import Threshold
 from driftscope.artifacts.complete import expected_shapes
 from driftscope.artifacts.model import Artifact, ModelConfig
 from driftscope.artifacts.tensor import TensorRef

@@ -12,7 +12,7 @@ from driftscope.analysis.clean_engines import CleanEngine, Habits
 from driftscope.analysis.floors import Floors
 from driftscope.analysis.impact import impact_rows
 from driftscope.analysis.replay import Replayer
-from driftscope.analysis.sweep import Band, compare_tensor, inventory, relate, summarise
+from driftscope.analysis.weights.sweep import Band, compare_tensor, inventory, relate, summarise
 from driftscope.artifacts.model import Artifact
 from driftscope.faultbench.clean import Clean, own_trace, verdict
 from driftscope.faultbench.edited import values_of, with_values

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from driftscope.analysis.sweep import inventory
+from driftscope.analysis.weights.sweep import inventory
 from driftscope.artifacts.complete import check_complete
 from driftscope.artifacts.model import Artifact
 from driftscope.artifacts.names import layer_of

@@ -40,7 +40,7 @@ def render_diff(document: Mapping[str, Any]) -> str:
     Names from the models are escaped; nothing is loaded from anywhere; the same diff gives the same bytes.
 
     Args:
-        document: what `driftscope.analysis.pair_diff.diff_models` returns.
+        document: what `driftscope.analysis.weights.pair_diff.diff_models` returns.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup

@@ -60,7 +60,7 @@ def sentence(document: Mapping[str, Any]) -> str:
     """What a diff found, in one sentence.
 
     Args:
-        document: what `driftscope.analysis.pair_diff.diff_models` returns.
+        document: what `driftscope.analysis.weights.pair_diff.diff_models` returns.
     """
     summary, listed = document["summary"], document["inventory"]
     bad = [row for row in document["tensors"] if not row["holds"]]
@@ -91,7 +91,7 @@ def sentence(document: Mapping[str, Any]) -> str:
 
 
 def _is_allowed_for(row: Mapping[str, Any]) -> bool:
-    from driftscope.analysis.rounded_copy import is_coarser
+    from driftscope.analysis.weights.rounded_copy import is_coarser
 
     return row["judged_by"] == "relation" and is_coarser(row["dtype_a"], row["dtype_b"])
 

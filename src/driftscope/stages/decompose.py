@@ -97,7 +97,7 @@ def runs(n_layers: int) -> list[Run]:
 
 def deal(n_layers: int, jobs: int) -> list[list[int]]:
     """Deal the runs out to jobs of about the same work; a list of run numbers each."""
-    from driftscope.analysis.pairs import plan_shards
+    from driftscope.analysis.weights.pairs import plan_shards
 
     head = max(n_layers // 5, 1)
     work = {f"{i:05d}": n_layers - run.first_layer + head for i, run in enumerate(runs(n_layers))}

@@ -31,10 +31,10 @@ def shard(
     A shard without tensors writes the row of no tensor: it repeats none, so that the joined table stays
     complete and without doubles.
     """
-    from driftscope.analysis.corrupt_blocks import block_document
-    from driftscope.analysis.pairs import pairs, plan_shards
-    from driftscope.analysis.tensor_comparison import compare_tensor
-    from driftscope.analysis.watched_kernels import WatchedKernels
+    from driftscope.analysis.weights.corrupt_blocks import block_document
+    from driftscope.analysis.weights.pairs import pairs, plan_shards
+    from driftscope.analysis.weights.tensor_comparison import compare_tensor
+    from driftscope.analysis.weights.watched_kernels import WatchedKernels
     from driftscope.evidence.schemas import frame_of
     from driftscope.kernels.device import Kernels, kernels_on
 
@@ -77,9 +77,9 @@ def join(
     """Join the shards in the order of the teacher's tensors, and list what has no counterpart."""
     import polars as pl
 
-    from driftscope.analysis.corrupt_blocks import block_document
-    from driftscope.analysis.inventory import inventory
-    from driftscope.analysis.pairs import pairs
+    from driftscope.analysis.weights.corrupt_blocks import block_document
+    from driftscope.analysis.weights.inventory import inventory
+    from driftscope.analysis.weights.pairs import pairs
 
     a, digest_a = open_model(teacher)
     b, digest_b = open_model(candidate)
@@ -112,10 +112,10 @@ def judge(
 
     What the table explains is not read again; tensors that nothing explains are searched.
     """
-    from driftscope.analysis.corrupt_blocks import findings_in
-    from driftscope.analysis.relate import relate
-    from driftscope.analysis.relations import Band
-    from driftscope.analysis.sweep_summary import summarise
+    from driftscope.analysis.weights.corrupt_blocks import findings_in
+    from driftscope.analysis.weights.relate import relate
+    from driftscope.analysis.weights.relations import Band
+    from driftscope.analysis.weights.summary import summarise
     from driftscope.kernels.device import kernels_on
 
     a, digest_a = open_model(teacher)
