@@ -308,3 +308,10 @@ def test_a_json_file_that_is_no_manifest_is_refused(tmp_path: Path) -> None:
     ran = run(file, file)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "is no manifest of a model" in ran.stderr
+
+
+def test_what_only_b_has_is_said(models: dict[str, Path]) -> None:
+    found = run(models["lacking"], models["model"])
+    assert found.returncode == 0
+    said = " ".join(found.stdout.split())
+    assert f"All {N_TENSORS - 1} tensors have the same values. B has 1 tensor that A has not." in said

@@ -81,19 +81,15 @@ def sentence(document: Mapping[str, Any]) -> str:
     if bad:
         return _unexpected(bad, len(document["tensors"]))
     said = _expected(document["tensors"])
-    if any(row["kind"] == "quantized-from" and _is_allowed_for(row) for row in document["tensors"]):
+    if summary["allows_for_a"]:
         said += " A is rounded itself; its own error is allowed for."
+    if listed["extra"]:
+        said += f" B has {counted(len(listed['extra']), 'tensor')} that A has not."
     changed = [item for item in listed["metadata_differences"] if item["changes"] == "forward-pass"]
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         return f"Another forward pass: {metadata_words(changed[0])}{others}. {said}"
     return said
-
-
-def _is_allowed_for(row: Mapping[str, Any]) -> bool:
-    from driftscope.analysis.weights.rounded_copy import is_coarser
-
-    return row["judged_by"] == "relation" and is_coarser(row["dtype_a"], row["dtype_b"])
 
 
 def _unexpected(bad: Sequence[Mapping[str, Any]], n: int) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from driftscope.analysis.finite import finite
+from driftscope.analysis.weights.rounded_copy import is_coarser
 from driftscope.analysis.weights.sweep import (
     Band,
     Pair,
@@ -88,6 +89,7 @@ def diff_models(
     summary["share"] = _share(found, chosen)
     bounds = _bounds(thresholds, matched, rows)
     tensors = _judged(rows, relations, bounds, summary["corrupt"])
+    summary["allows_for_a"] = any(_allows_for_a(row) for row in tensors)
     document = {
         "schema_version": SCHEMA_VERSION,
         "a": _described(a),
@@ -196,6 +198,12 @@ def _judged(
             }
         )
     return judged
+
+
+def _allows_for_a(row: Mapping[str, Any]) -> bool:
+    """Whether a's own steps are part of the error that a relation rests on."""
+    judged = row["judged_by"] == "relation" and row["kind"] == "quantized-from"
+    return judged and is_coarser(row["dtype_a"], row["dtype_b"])
 
 
 def _holds(summary: Document, listed: Document, tensors: Sequence[Document]) -> bool:
