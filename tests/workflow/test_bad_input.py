@@ -135,7 +135,7 @@ PROMPTS = ("--prompts", "results/tiny/prompts.json")
 STAGES = {
     "table": (
         *("sweep", *MODELS, "--part", "0/2"),
-        *("--out", "results/tiny/sweep/shard_0.parquet"),
+        *("--out", "results/tiny/sweep/shard_0.parquet", "--blocks", "results/tiny/sweep/blocks_0.json"),
     ),
     "arrays": (
         *("base", "teacher.f32", *MODELS, *PROMPTS),

@@ -78,14 +78,11 @@ rule weights:
     resources:
         mem_mb=2000,
         runtime=30,
-        gpu=CASE.gpus,
     params:
-        device=CONFIG.device,
         low=CONFIG.sweep.band[0],
         high=CONFIG.sweep.band[1],
         code=code_digest("sweep"),
     shell:
         "driftscope stage weights {input.table} --inventory {input.inventory} --blocks {input.blocks}"
         " --teacher {input.teacher} --candidate {input.candidate}"
-        " --low {params.low} --high {params.high} --out {output} --threads {threads}"
-        " --device {params.device} 2> {log}"
+        " --low {params.low} --high {params.high} --out {output} --threads {threads} 2> {log}"
